@@ -1,0 +1,94 @@
+"""The sparse mixture-of-experts layer: y = sum over the top-K experts of weight_e(x) * expert_e(x).
+
+Source: arXiv 2401.04088, section 2.1. Shape letters: see `mixtral/modeling.py`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from mixtral.configuration import MixtralConfig
+from mixtral.ops.experts import expert_ffn
+from mixtral.ops.permute import combine_rows, sort_rows
+
+
+class Routing(NamedTuple):
+    """Where a layer sent its tokens; computed once, used by dispatch, losses and statistics."""
+
+    logits_TE: Tensor
+    weights_TK: Tensor
+    experts_TK: Tensor
+
+
+class Router(nn.Module):
+    """Chooses K experts per token and weighs them by softmax over the chosen logits.
+
+    Everything is computed in at least fp32, whatever the dtype of the model.
+    """
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+
+    def forward(self, x_TH: Tensor) -> Routing:
+        """Routes T tokens."""
+        dtype = torch.promote_types(x_TH.dtype, torch.float32)
+        logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
+        top_TK, experts_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
+        return Routing(logits_TE, top_TK / top_TK.sum(dim=-1, keepdim=True), experts_TK)
+
+
+class Experts(nn.Module):
+    """E gated feed-forward networks: down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, rows_RH: Tensor, counts_E: Tensor) -> Tensor:
+        """Sends rows that are sorted by expert, `counts_E[e]` of them for expert e, through their experts."""
+        return expert_ffn(rows_RH, counts_E, self.gate_up_proj, self.down_proj, self.activation)
+
+
+Dispatcher = Callable[[Tensor, Routing, Experts], Tensor]
+
+
+def dispatch_local(x_TH: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """Brings every token to its K experts, all of them here, and sums their weighted outputs.
+
+    No token is dropped, whatever the load. Returns (T, H).
+    """
+    order_R, counts_E = sort_rows(routing.experts_TK, num_experts=routing.logits_TE.shape[-1])
+    rows_RH = x_TH[order_R // routing.experts_TK.shape[-1]]
+    return combine_rows(experts(rows_RH, counts_E), order_R, routing.weights_TK)
+
+
+class SparseMoeBlock(nn.Module):
+    """Router, experts, and the dispatcher that brings tokens to experts and back.
+
+    `dispatcher` may be replaced from outside: one that knows ranks lives in the training package.
+    """
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.jitter = config.router_jitter_noise
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.dispatcher: Dispatcher = dispatch_local
+
+    def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Routing]:
+        """Returns the block's output, of the input's shape, and where it routed its T = B*S tokens."""
+        if self.training and self.jitter:
+            noise = torch.empty_like(hidden_BSH).uniform_(1 - self.jitter, 1 + self.jitter)
+            hidden_BSH = hidden_BSH * noise
+        x_TH = hidden_BSH.flatten(0, 1)
+        routing = self.gate(x_TH)
+        return self.dispatcher(x_TH, routing, self.experts).view_as(hidden_BSH), routing

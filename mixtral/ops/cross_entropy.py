@@ -1,0 +1,77 @@
+"""Cross-entropy of a linear head, summed over tokens, with and without forming all logits."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def reference(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
+    """Sums the cross-entropy of `hidden @ weight.T` against the labels.
+
+    Args:
+        hidden_TH: inputs of the head.
+        weight_VH: the head's weight.
+        labels_T: target ids; -100 is not trained.
+
+    Returns:
+        A scalar of at least fp32, in nats; zero, with zero gradient, when no token is trained.
+    """
+    return cross_entropy_sum(F.linear(hidden_TH, weight_VH), labels_T)
+
+
+def cross_entropy_sum(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Sums the cross-entropy over the tokens whose label is not -100, in at least fp32."""
+    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk: int = 1024) -> Tensor:
+    """Equals `reference`, holding at most `chunk` rows of logits at a time."""
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, chunk)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients of a sum together with it, since d(loss)/d(logits) needs no later factor.
+
+    The head's gradient is accumulated in at least fp32 over the chunks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk: int) -> Tensor:
+        accumulate = torch.promote_types(hidden_TH.dtype, torch.float32)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_TH) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VH, dtype=accumulate) if needs_weight else None
+        total = hidden_TH.new_zeros((), dtype=accumulate)
+        for start in range(0, len(hidden_TH), chunk):
+            rows = slice(start, start + chunk)
+            labels = labels_T[rows]
+            trained = labels != IGNORE_INDEX
+            log_probabilities = F.linear(hidden_TH[rows], weight_VH).to(accumulate).log_softmax(dim=-1)
+            targets = labels.where(trained, 0).unsqueeze(-1)
+            total -= log_probabilities.gather(-1, targets).squeeze(-1).where(trained, 0.0).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad_logits = log_probabilities.exp_()
+            grad_logits.scatter_add_(-1, targets, grad_logits.new_full(targets.shape, -1.0))
+            grad_logits = grad_logits.mul_(trained.unsqueeze(-1)).to(hidden_TH.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight_VH, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden_TH[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VH.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None

@@ -1,0 +1,1 @@
+"""Weights on disk: the names and layouts that the ecosystem uses."""

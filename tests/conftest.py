@@ -1,0 +1,72 @@
+"""What several test modules share: no network, no GPU where there is none, and tiny models."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the hub says so and unsets it
+
+import pytest
+import torch
+import transformers
+
+from mixtral import MixtralConfig, MixtralForCausalLM
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "max_position_embeddings": 128,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def skew_router(model: torch.nn.Module) -> None:
+    """Makes the routers decided and unequal, so that mistakes in routing and load show."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.mul_(20.0)
+
+
+@pytest.fixture
+def make_pair():
+    """Builds transformers' Mixtral and ours with the same weights."""
+
+    def make(**changes):
+        implementation = changes.pop("attn_implementation", "sdpa")
+        sizes = SIZES | changes
+        theirs = transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(**sizes, attn_implementation=implementation, pad_token_id=None)
+        )
+        skew_router(theirs)
+        ours = MixtralForCausalLM(MixtralConfig(**sizes, attn_implementation=implementation))
+        ours.load_state_dict(theirs.state_dict())
+        return theirs, ours
+
+    return make
+
+
+@pytest.fixture
+def make_model():
+    """Builds our model with a skewed router."""
+
+    def make(dtype=torch.float32, **changes):
+        model = MixtralForCausalLM(MixtralConfig(**SIZES | changes)).to(dtype)
+        skew_router(model)
+        return model
+
+    return make

@@ -1,0 +1,106 @@
+"""Every fast op against its reference, with gradients, in fp64."""
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from mixtral.ops import attention, cross_entropy, experts
+from mixtral.ops.permute import combine_rows, sort_rows
+from mixtral.ops.rope import apply_rope
+
+EXPERTS, HIDDEN, INNER = 4, 6, 5
+
+
+def leaf(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[3, 0, 4, 2], [0, 0, 0, 0], [1, 0, 0, 0], [0, 9, 0, 0]],
+    ids=["mixed", "no rows", "one row", "one expert"],
+)
+def test_experts_equal_their_reference_with_gradients(counts):
+    inputs = leaf(sum(counts), HIDDEN), leaf(EXPERTS, 2 * INNER, HIDDEN), leaf(EXPERTS, HIDDEN, INNER)
+    counts_E = torch.tensor(counts)
+    outputs = [op(inputs[0], counts_E, *inputs[1:], silu) for op in (experts.expert_ffn, experts.reference)]
+    assert torch.allclose(*outputs, rtol=1e-12)
+    if sum(counts):
+        upstream = torch.randn_like(outputs[0])
+        gradients = [torch.autograd.grad(output, inputs, upstream) for output in outputs]
+        for mine, other in zip(*gradients, strict=True):
+            assert torch.allclose(mine, other, rtol=1e-11)
+
+
+def test_an_expert_without_rows_has_a_gradient_of_exactly_zero():
+    rows, gate_up, down = leaf(3, HIDDEN), leaf(EXPERTS, 2 * INNER, HIDDEN), leaf(EXPERTS, HIDDEN, INNER)
+    experts.expert_ffn(rows, torch.tensor([3, 0, 0, 0]), gate_up, down, silu).sum().backward()
+    assert (gate_up.grad[1:] == 0).all()
+    assert (down.grad[1:] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("trained", ["all", "some", "none"])
+def test_linear_cross_entropy_equals_its_reference_with_gradients(chunk, trained):
+    hidden, weight = leaf(11, HIDDEN), leaf(17, HIDDEN)
+    labels = torch.randint(0, 17, (11,))
+    labels[{"all": slice(0, 0), "some": slice(0, 11, 2), "none": slice(None)}[trained]] = -100
+    fast = cross_entropy.linear_cross_entropy(hidden, weight, labels, chunk)
+    slow = cross_entropy.reference(hidden, weight, labels)
+    assert torch.allclose(fast, slow, rtol=1e-12)
+    for mine, other in zip(
+        torch.autograd.grad(0.3 * fast, (hidden, weight)),
+        torch.autograd.grad(0.3 * slow, (hidden, weight)),
+        strict=True,
+    ):
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-14)
+
+
+def test_linear_cross_entropy_of_a_frozen_head_and_of_no_rows():
+    hidden, weight = leaf(5, HIDDEN), leaf(17, HIDDEN).detach()
+    labels = torch.randint(0, 17, (5,))
+    cross_entropy.linear_cross_entropy(hidden, weight, labels).backward()
+    (expected,) = torch.autograd.grad(cross_entropy.reference(hidden, weight, labels), hidden)
+    assert torch.allclose(hidden.grad, expected, rtol=1e-10)
+    assert cross_entropy.linear_cross_entropy(hidden[:0], weight, labels[:0]) == 0
+
+
+def test_linear_cross_entropy_passes_gradcheck():
+    hidden, weight = leaf(4, 3), leaf(5, 3)
+    labels = torch.tensor([1, -100, 0, 4])
+    assert torch.autograd.gradcheck(lambda h, w: cross_entropy.linear_cross_entropy(h, w, labels, 3), (hidden, weight))
+
+
+def test_sorting_then_combining_weighs_every_row_once():
+    tokens, top_k = 9, 2
+    experts_TK = torch.stack([torch.randperm(EXPERTS)[:top_k] for _ in range(tokens)])
+    weights_TK, x_TH = leaf(tokens, top_k), leaf(tokens, HIDDEN)
+    order_R, counts_E = sort_rows(experts_TK, EXPERTS)
+    assert counts_E.tolist() == [(experts_TK == expert).sum() for expert in range(EXPERTS)]
+    assert (experts_TK.flatten()[order_R].diff() >= 0).all()
+    out = combine_rows(x_TH[order_R // top_k], order_R, weights_TK)
+    assert torch.allclose(out, x_TH * weights_TK.sum(-1, keepdim=True), rtol=1e-12)
+
+
+def test_rope_depends_on_distance_alone():
+    query, key = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
+
+    def score(query_at, key_at):
+        frequency = (100.0 ** -(torch.arange(4, dtype=torch.float64) / 4)).repeat(2)
+        rotated = []
+        for vector, at in ((query, query_at), (key, key_at)):
+            angle = (at * frequency).view(1, 1, 8)
+            rotated.append(apply_rope(vector, vector, angle.cos(), angle.sin())[0])
+        return (rotated[0] * rotated[1]).sum().item()
+
+    assert score(7, 3) == pytest.approx(score(104, 100), rel=1e-10)
+    assert score(7, 3) != pytest.approx(score(7, 4), rel=1e-3)
+
+
+def test_attention_reference_equals_torch():
+    query, key, value = leaf(2, 4, 7, 8), leaf(2, 2, 7, 8), leaf(2, 2, 7, 8)
+    mask = torch.full((7, 7), float("-inf"), dtype=torch.float64).triu(1).expand(2, 1, 7, 7)
+    got, probabilities = attention.reference(torch.nn.Module(), query, key, value, mask, scaling=8**-0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    assert torch.allclose(got.transpose(1, 2), expected, rtol=1e-10)
+    assert torch.allclose(probabilities.sum(-1), torch.ones(2, 4, 7, dtype=torch.float64))
