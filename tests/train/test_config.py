@@ -1,0 +1,170 @@
+"""The configuration: every file composes, every mistake is refused by its full key."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train.compose import compose, conf_folder, groups, recipes, to_yaml
+from train.config import Config, check, keys
+from train.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_choice_of_every_group_composes():
+    choices = [(group, choice) for group, names in groups().items() for choice in names]
+    assert len(choices) == 15
+    assert len(list(conf_folder().rglob("*.yaml"))) == len(choices) + 1
+    for group, choice in choices:
+        needed = ["data.path=x"] if choice in ("files", "hub") else []
+        compose([f"{group}={choice}", "train.max_steps=1", *needed])
+
+
+def test_every_recipe_composes_and_says_in_its_first_line_what_it_is():
+    assert len(recipes()) == 2
+    for name, path in recipes().items():
+        assert compose([f"recipe={name}"]).config.train.max_steps
+        assert path.read_text().startswith("# ")
+
+
+def test_the_defaults_pass_their_own_checks():
+    config = Config()
+    config.train.max_steps, config.data.path = 1, "x"
+    check(config)
+
+
+def test_every_key_is_documented_and_read():
+    read = {
+        node.attr
+        for path in [*ROOT.glob("train/**/*.py")]
+        if path.name != "config.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    for item in keys():
+        assert len(item.help) > 5, item.name
+        if not item.name.startswith("model."):  # those are handed to MixtralConfig as one
+            assert item.name.split(".")[1] in read, f"{item.name} is read nowhere"
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_groups(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("defaults:\n  - override /optim: sgd\noptim:\n  lr: 0.5\ntrain:\n  max_steps: 7\n")
+    config = compose([f"recipe={recipe}", "train.max_steps=9"]).config
+    assert (config.optim.name, config.optim.lr, config.train.max_steps) == ("sgd", 0.5, 9)
+    assert compose([f"recipe={recipe}", "optim=adamw"]).config.optim.name == "adamw"
+
+
+def test_a_recipe_by_relative_path_composes_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - override /optim: sgd\ntrain:\n  max_steps: 7\n")
+    monkeypatch.chdir(tmp_path)
+    composed = compose(["recipe=mine.yaml"])
+    assert (composed.recipe, composed.config.optim.name, composed.config.train.max_steps) == ("mine", "sgd", 7)
+
+
+def test_the_written_configuration_is_a_recipe_of_the_same_run(tmp_path):
+    config = compose(["recipe=demo", "optim.lr=0.0123", "model.head_dim=64"]).config
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert compose([f"recipe={tmp_path / 'again.yaml'}"]).config == config
+
+
+MISTAKES = {
+    "train.max_step=3": "unknown key train.max_step .*did you mean train.max_steps",
+    "+data.seqence_length=8": "data.seqence_length .*did you mean data.sequence_length",
+    "++data.seqence_length=8": "data.seqence_length .*did you mean data.sequence_length",
+    "model.hiden_size=64": "model.hiden_size .*did you mean model.hidden_size",
+    "recpie=demo": "recpie .*did you mean recipe",
+    "max_steps=3": "max_steps .*did you mean train.max_steps",
+    "optim.lr=abc": "optim.lr.*abc.*expected float > 0",
+    "optim.lr=nan": "optim.lr=nan",
+    "optim.lr=0": "optim.lr=0.0: expected float > 0",
+    "optim.lr=1,2": "optim.lr=1,2.*sweep",
+    "train.max_steps=2.5": "train.max_steps.*expected int or null >= 1",
+    "train.max_steps=-1": "train.max_steps=-1: expected int or null >= 1",
+    "train.precision=fp16": "train.precision=fp16: expected bf16 | fp32",
+    "data.shuffle=maybe": "data.shuffle.*expected bool",
+    "schedule=cosin": "schedule=cosin .*did you mean cosine",
+    "model.vocab_size=null": "model.vocab_size",
+    "model={hidden_size: 3}": "model .*section",
+    "~train.max_steps": "is not KEY=VALUE",
+    "~train.max_steps=3": "cannot be removed",
+    "--max-steps": "is not KEY=VALUE",
+    "data.path=[": "cannot be read",
+    "data=files": "data.path is needed",
+    "recipe=dmeo": "recipe=dmeo: .*did you mean demo",
+    "recipe=no/such.yaml": "recipe=no/such.yaml: no such file",
+    "model.num_key_value_heads=4": "model.num_attention_heads=6 .* model.num_key_value_heads=4",
+    "model.hidden_size=100": "model.hidden_size=100 .* model.num_attention_heads",
+    "model.head_dim=7": "model.head_dim.* must be even",
+    "model.num_experts_per_tok=9": "model.num_experts_per_tok=9 .* model.num_local_experts=8",
+    "data.sequence_length=9999": "data.sequence_length=9999 .* model.max_position_embeddings",
+    "train.epochs=1": "train.max_steps and train.epochs are both given",
+    "train.max_steps=null": "train.max_steps and train.epochs are both null",
+    "data.streaming=true": "data.tokenizer=train_bpe reads the whole corpus",
+    "schedule.warmup_steps=9999": "schedule.warmup_steps=9999 .* train.max_steps",
+    "model.attn_implementation=flash_attention_2": "flash_attention_2 needs half precision",
+}
+
+
+@pytest.mark.parametrize("word", MISTAKES)
+def test_a_mistake_is_refused_by_its_full_key(word):
+    words = [word] if word.startswith("recipe=") else ["recipe=demo", word]
+    with pytest.raises(ConfigError, match=MISTAKES[word]) as caught:
+        compose(words)
+    assert "\n" not in str(caught.value)
+
+
+RECIPE_MISTAKES = {
+    "train:\n  max_step: 3\n": "unknown key train.max_step in recipe .*mine.yaml; did you mean train.max_steps",
+    "trian:\n  max_steps: 3\n": "trian in recipe .*mine.yaml",
+    "max_steps: 3\n": "max_steps in recipe .*mine.yaml.*did you mean train.max_steps",
+    "train: 3\n": "train in recipe .*section",
+    "train:\n  max_steps: abc\n": "train.max_steps.*abc",
+    "defaults:\n  - override /modle: tiny\n": "override /modle.* in recipe .*mine.yaml",
+    "defaults:\n  - override /model: tniy\n": "model=tniy in recipe .*did you mean tiny",
+    "defaults:\n  - model: tiny\n": "expected `override /GROUP`",
+    "a: [": "mine.yaml cannot be read",
+    "- a\n": "mine.yaml holds no keys",
+}
+
+
+@pytest.mark.parametrize("text", RECIPE_MISTAKES)
+def test_a_mistake_in_a_recipe_is_refused_by_file_and_key(text, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=RECIPE_MISTAKES[text]):
+        compose([f"recipe={tmp_path / 'mine.yaml'}", "train.max_steps=1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["--help"], 0, "pretrain_tiny"),
+        (["train.max_step=3"], 2, "train.max_steps"),
+        (["+data.seqence_length=8"], 2, "data.sequence_length"),
+        (["model.hiden_size=64"], 2, "model.hidden_size"),
+        (["recpie=demo"], 2, "recipe"),
+        (["recipe=demo", "model.num_key_value_heads=4"], 2, "model.num_key_value_heads"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_help_and_mistakes_answer_in_seconds_without_torch(words, code, named):
+    started = time.perf_counter()
+    command = [sys.executable, "-X", "importtime", "-m", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert time.perf_counter() - started < 3
+    assert done.returncode == code
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "train.compose" in imported
+    assert not imported & {"torch", "transformers", "datasets", "accelerate", "deepspeed"}
+    said = done.stdout + "".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
+    assert named in said
+
+
+def test_only_the_first_process_speaks(tmp_path):
+    command = [sys.executable, "-m", "train", "train.max_step=3"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "", "RANK": "1"}, cwd=ROOT)
+    assert (done.returncode, done.stdout + done.stderr) == (2, "")

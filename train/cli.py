@@ -1,0 +1,64 @@
+"""The command line: `cierzo VERB ...`, `python -m train ...`. Words in, exit code out."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from train.errors import ConfigError, UserError
+
+USAGE = """\
+Cierzo trains Mixtral-style sparse mixtures of experts.
+
+usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
+       python -m train ...
+       torchrun --nproc_per_node N -m train ...
+
+The recipe is applied after the defaults, the command line last. README.md lists every key.
+"""
+VERBS = ("train",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb.
+
+    Args:
+        argv: the verb and its words; by default the process's.
+
+    Returns:
+        The exit code: 0 done, 2 config, 3 data, 5 numerics, 6 environment, 128 + n for signal n.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = [
+        word for word in words if not word.startswith(("--local_rank=", "--local-rank="))
+    ]  # the deepspeed launcher's
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_help())
+            return 0
+        verb, *rest = words
+        if verb not in VERBS:
+            raise ConfigError(f"unknown verb {verb!r}: expected {' | '.join(VERBS)}")
+        if "-h" in rest or "--help" in rest:
+            print(_help())
+            return 0
+        from train.compose import compose
+
+        composed = compose(rest)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return error.code
+    from train.run import run
+
+    return run(composed)
+
+
+def _help() -> str:
+    from train.compose import groups, recipes
+
+    lines = [USAGE, "recipes:"]
+    for name, path in recipes().items():
+        lines.append(f"  {name:<16}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    lines.append("\ngroups:")
+    lines += [f"  {name:<16}{' | '.join(choices)}" for name, choices in groups().items()]
+    return "\n".join(lines)

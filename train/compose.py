@@ -1,0 +1,204 @@
+"""From the command line to the typed configuration, through Hydra.
+
+The order is: the schema's defaults, the groups of conf/, conf/config.yaml, the recipe, the command line.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.config import Config, check, keys, nearest
+from train.errors import ConfigError
+
+SECTIONS = {section.name: {f.name for f in dataclasses.fields(section.type)} for section in dataclasses.fields(Config)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A checked configuration and where it came from."""
+
+    config: Config
+    recipe: str | None
+    overrides: list[str]
+
+
+def _folder(name: str) -> Path:
+    """Finds conf/ or recipes/: inside this package in a wheel, beside it in a checkout."""
+    packaged = Path(__file__).parent / name
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / name
+
+
+def conf_folder() -> Path:
+    """The folder of Hydra groups."""
+    return _folder("conf")
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(_folder("recipes").glob("*.yaml"))}
+
+
+def groups() -> dict[str, list[str]]:
+    """The groups of conf/ and their choices."""
+    return {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(conf_folder().iterdir())
+        if folder.is_dir() and not folder.name.startswith("_")
+    }
+
+
+def compose(argv: Sequence[str]) -> Composed:
+    """Composes and checks the configuration of a command line.
+
+    Args:
+        argv: `recipe=NAME_OR_PATH`, `GROUP=CHOICE` and `KEY=VALUE` words.
+
+    Raises:
+        ConfigError: for a word, key, type, value or combination that cannot be used.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    recipe_words = [word for word in argv if word.partition("=")[0] == "recipe"]
+    words = [word for word in argv if word not in recipe_words]
+    if len(recipe_words) > 1:
+        raise ConfigError(f"recipe is given {len(recipe_words)} times: {' '.join(recipe_words)}")
+    words = _check_words(words)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    name, path = None, None
+    if recipe_words:
+        name, path = _find_recipe(recipe_words[0].partition("=")[2])
+        store.store(group="recipe", name="chosen", node=_read_recipe(path), package="_global_")
+    try:
+        with initialize_config_dir(config_dir=str(conf_folder().resolve()), version_base="1.3"):
+            tree = hydra_compose("config", overrides=[*words, *(["recipe=chosen"] if path else [])])
+        config = OmegaConf.to_object(tree)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, path)) from None
+    assert isinstance(config, Config)
+    check(config)
+    return Composed(config=config, recipe=name, overrides=list(argv))
+
+
+def to_yaml(config: Config) -> str:
+    """Writes a configuration as YAML, every key resolved."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _check_words(words: Sequence[str]) -> list[str]:
+    """Checks the key of every override, and strips Hydra's `+` and `++` once it is known to exist."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    checked = []
+    for word in words:
+        if word.startswith("-") or "=" not in word:
+            raise ConfigError(f"{word!r} is not KEY=VALUE; see --help")
+        if word.startswith("~"):
+            raise ConfigError(f"{word!r}: keys cannot be removed; set a value instead")
+        word = word.lstrip("+")
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException as error:
+            raise ConfigError(
+                f"{word!r} cannot be read ({str(error).splitlines()[0]}); quote it: 'KEY=\"VALUE\"'"
+            ) from None
+        if override.is_sweep_override():
+            raise ConfigError(f"{word!r} is a sweep of values; one run takes one: quote a value that holds a comma")
+        _check_key(override.key_or_group, override.value(), "on the command line")
+        checked.append(word)
+    return checked
+
+
+def _check_key(name: str, value: Any, where: str) -> None:
+    """Checks that a dotted name is a key, or a group with that choice."""
+    choices = groups().get(name)
+    if choices is not None and not isinstance(value, dict):
+        if value not in choices:
+            raise ConfigError(f"{name}={value} {where}: expected {' | '.join(choices)}{nearest(str(value), choices)}")
+        return
+    section, _, leaf = name.partition(".")
+    if leaf in SECTIONS.get(section, ()):
+        return
+    if name in SECTIONS:
+        raise ConfigError(f"{name} {where} is a section: set its keys one by one, such as {name}.{min(SECTIONS[name])}")
+    known = [item.name for item in keys()] + list(groups()) + ["recipe"]
+    raise ConfigError(f"unknown key {name} {where}{nearest(name, known)}")
+
+
+def _find_recipe(choice: str) -> tuple[str, Path]:
+    known = recipes()
+    if choice in known:
+        return choice, known[choice]
+    path = Path(choice).expanduser()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path.stem, path
+    if path.suffix in (".yaml", ".yml") or "/" in choice:
+        raise ConfigError(f"recipe={choice}: no such file")
+    raise ConfigError(
+        f"recipe={choice}: expected a path to a .yaml file or one of {' | '.join(known)}{nearest(choice, known)}"
+    )
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """Reads a recipe and checks its groups and keys.
+
+    Raises:
+        ConfigError: naming the file and the key.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {path} holds no keys")
+    where = f"in recipe {path}"
+    for entry in tree.get("defaults", []):
+        if entry == "_self_":
+            continue
+        if not isinstance(entry, dict) or len(entry) != 1:
+            raise ConfigError(f"`defaults` entry {entry!r} {where}: expected `override /GROUP: CHOICE`")
+        word, choice = next(iter(entry.items()))
+        group = str(word).removeprefix("override").strip().lstrip("/")
+        if not str(word).startswith("override /") or group not in groups():
+            raise ConfigError(
+                f"`defaults` entry `{word}` {where}: expected `override /GROUP`, GROUP one of {' | '.join(groups())}"
+            )
+        _check_key(group, choice, where)
+    for section, values in tree.items():
+        if section == "defaults":
+            continue
+        if section not in SECTIONS or not isinstance(values, dict):
+            _check_key(section, values if isinstance(values, dict) else {}, where)
+        for leaf in values:
+            _check_key(f"{section}.{leaf}", None, where)
+    return tree
+
+
+def _explain(error: BaseException, recipe: Path | None) -> str:
+    """Turns a composition error into one line with the full key and what is allowed."""
+    from omegaconf.errors import MissingMandatoryValue
+
+    known = {item.name: item for item in keys()}
+    cause: BaseException | None = error
+    while cause is not None:  # the key is named by whatever was raised first
+        text = str(cause)
+        found = re.search(r"full_key: (\S+)", text)
+        if found and found.group(1) in known:
+            key = known[found.group(1)]
+            if isinstance(cause, MissingMandatoryValue):
+                return f"{key.name} is needed: {key.help}"
+            reason = [line.strip() for line in text[: found.start()].splitlines() if line.strip()][-1]
+            return f"{key.name}: {reason}; expected {key.allowed}"
+        cause = cause.__cause__
+    return " ".join(str(error).split()) + (f" (recipe {recipe})" if recipe else "")

@@ -1,0 +1,317 @@
+"""The typed configuration: every key with its documentation, and the checks across keys.
+
+Nothing here imports torch, so that a mistake is refused in seconds.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from train.errors import ConfigError
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """Declares one key: its default, its documentation and the values it may take."""
+    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where a run writes, and what makes it repeatable."""
+
+    dir: str | None = key(None, "run folder; by default runs/RECIPE-TIME")
+    seed: int = key(0, "seed of the weights, the order of the data and every random choice", minimum=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The architecture; see `mixtral.MixtralConfig`."""
+
+    vocab_size: int = key(32_000, "rows of the embedding and of the head", minimum=8)
+    hidden_size: int = key(4096, "width of the model", minimum=1)
+    intermediate_size: int = key(14_336, "inner width of one expert", minimum=1)
+    num_hidden_layers: int = key(32, "layers", minimum=1)
+    num_attention_heads: int = key(32, "query heads", minimum=1)
+    num_key_value_heads: int = key(8, "key/value heads, each shared by an equal group of query heads", minimum=1)
+    head_dim: int | None = key(None, "width of a head; by default hidden_size / num_attention_heads", minimum=2)
+    max_position_embeddings: int = key(131_072, "longest sequence, in tokens", minimum=1)
+    rope_theta: float = key(1e6, "base period of the rotary embedding", above=0)
+    rms_norm_eps: float = key(1e-5, "epsilon of the norms", above=0)
+    initializer_range: float = key(0.02, "standard deviation of the initial weights", above=0)
+    tie_word_embeddings: bool = key(False, "whether the head shares the embedding's matrix")
+    sliding_window: int | None = key(None, "keys each query sees, itself included; by default all before it", minimum=1)
+    attention_dropout: float = key(0.0, "dropout of the attention probabilities", minimum=0, maximum=1)
+    num_local_experts: int = key(8, "experts per layer", minimum=1)
+    num_experts_per_tok: int = key(2, "experts each token is routed to", minimum=1)
+    router_aux_loss_coef: float = key(0.001, "weight of the load-balancing loss", minimum=0)
+    router_jitter_noise: float = key(0.0, "width of the uniform noise on the router's input", minimum=0, maximum=1)
+    attn_implementation: str = key("sdpa", "attention backend", choices=("sdpa", "eager", "flash_attention_2"))
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """What is trained on, and how it becomes rows of tokens."""
+
+    path: str = key(
+        "???",
+        "a .txt or .jsonl file, a folder of them, a folder saved by datasets, a dataset on the hub, or python_stdlib: "
+        "the source and documentation of the running interpreter",
+    )
+    text_field: str = key("text", "the field of a JSONL row or dataset that holds the text")
+    subset: str | None = key(None, "the hub dataset's configuration")
+    split: str = key("train", "the split of a hub dataset or saved dataset dictionary")
+    tokenizer: str = key(
+        "mixtral",
+        "mixtral: the real one; train_bpe: one of model.vocab_size tokens from the corpus; or a folder or hub id",
+    )
+    sequence_length: int = key(4096, "tokens per row", minimum=2)
+    held_out_fraction: float = key(0.01, "share of the documents kept for evaluation", above=0, maximum=0.5)
+    held_out_documents: int = key(
+        64, "with streaming, documents kept for evaluation, the first that the share selects", minimum=1
+    )
+    streaming: bool = key(
+        False, "whether documents are read as they are needed; each process reads them all and keeps its rows"
+    )
+    shuffle: bool = key(True, "whether each epoch has its own order of documents and rows")
+    shuffle_buffer: int = key(1000, "with streaming, documents and rows held to draw the next from", minimum=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The loop."""
+
+    max_steps: int | None = key(None, "optimizer steps; by default what `train.epochs` comes to", minimum=1)
+    epochs: float | None = key(None, "passes over the data, where max_steps is not given; not with streaming", above=0)
+    micro_batch_size: int = key(1, "rows per process and forward pass", minimum=1)
+    gradient_accumulation_steps: int = key(1, "forward passes per optimizer step", minimum=1)
+    precision: str = key(
+        "bf16",
+        "bf16: weights and activations in bf16, master weights and moments in fp32; or fp32",
+        choices=("bf16", "fp32"),
+    )
+    router_loss_scope: str = key(
+        "global_batch",
+        "the tokens whose load the router loss balances: global_batch, per layer over all processes; huggingface, "
+        "the published formula, all layers pooled, per process",
+        choices=("global_batch", "huggingface"),
+    )
+    router_z_loss_coef: float = key(0.0, "weight of the router z-loss", minimum=0)
+    log_every: int = key(10, "steps between logged lines", minimum=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """The optimizer."""
+
+    name: str = key("adamw", "adamw, or plain sgd", choices=("adamw", "sgd"))
+    lr: float = key(3e-4, "peak learning rate", above=0)
+    beta1: float = key(0.9, "decay of the first moment", minimum=0, maximum=1)
+    beta2: float = key(0.95, "decay of the second moment", minimum=0, maximum=1)
+    eps: float = key(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = key(0.1, "decay of matrices; norms have none", minimum=0)
+    max_grad_norm: float | None = key(1.0, "gradients are scaled down to this global norm; null never does", above=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """The learning rate over the steps."""
+
+    name: str = key("cosine", "shape after warm-up", choices=("cosine", "linear", "constant", "warmup_stable_decay"))
+    warmup_steps: int = key(0, "steps of linear warm-up", minimum=0)
+    decay_fraction: float = key(
+        0.2, "share of the steps over which warmup_stable_decay decays, at the end", above=0, maximum=1
+    )
+    min_lr_ratio: float = key(0.1, "last learning rate, as a share of the peak", minimum=0, maximum=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Evaluation on held-out documents: before the first step, now and then, and at the end."""
+
+    every: int | None = key(
+        None, "steps between evaluations; by default only before the first step and at the end", minimum=1
+    )
+    micro_batch_size: int | None = key(
+        None, "rows per process and forward pass; by default train.micro_batch_size", minimum=1
+    )
+    sample_prompt: str = key("", "what the text generated at the end begins with")
+    sample_tokens: int = key(64, "tokens generated at the end; 0 generates none", minimum=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig:
+    """Where figures go besides metrics.jsonl."""
+
+    name: str = key("wandb", "tracker", choices=("wandb", "tensorboard", "none"))
+    mode: str = key(
+        "offline", "W&B: offline writes into the run folder; online also sends", choices=("offline", "online")
+    )
+    project: str = key("cierzo", "W&B project")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """The whole configuration of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the configuration, as the documentation and the checks see it."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    minimum: float | None
+    above: float | None
+    maximum: float | None
+
+    @property
+    def allowed(self) -> str:
+        """The values it may take, in words."""
+        if self.choices:
+            return " | ".join(self.choices)
+        parts = [_type_name(self.type)]
+        bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum))
+        parts += [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
+        return " ".join(parts)
+
+    def check(self, value: Any) -> None:
+        """Refuses a value outside the choices or bounds.
+
+        Raises:
+            ConfigError: naming the key, the value and what is allowed.
+        """
+        if value is None:
+            return
+        outside = (
+            (self.choices and value not in self.choices)
+            or (self.minimum is not None and value < self.minimum)
+            or (self.above is not None and value <= self.above)
+            or (self.maximum is not None and value > self.maximum)
+            or (isinstance(value, float) and value != value)
+        )
+        if outside:
+            hint = nearest(value, self.choices) if isinstance(value, str) else ""
+            raise ConfigError(f"{self.name}={value}: expected {self.allowed}{hint}")
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, types.UnionType):
+        return " or ".join("null" if part is type(None) else part.__name__ for part in typing.get_args(annotation))
+    return annotation.__name__
+
+
+def keys() -> Iterator[Key]:
+    """Yields every key, in the order of the sections."""
+    for section in dataclasses.fields(Config):
+        section_type = typing.cast(type, section.type)
+        for item in dataclasses.fields(section_type):
+            yield Key(f"{section.name}.{item.name}", item.type, item.default, **item.metadata)
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """Returns "; did you mean X?" for the candidate most like a word, or nothing."""
+    candidates = list(candidates)
+    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    if not match:  # the right key under the wrong section
+        match = [name for name in candidates if name.rpartition(".")[2] == word.rpartition(".")[2]][:1]
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def check(config: Config) -> None:
+    """Checks every value, then what values say of each other.
+
+    Raises:
+        ConfigError: for the first that cannot be used.
+    """
+    for item in keys():
+        section, name = item.name.split(".")
+        item.check(getattr(getattr(config, section), name))
+    _check_model(config.model)
+    _check_run(config)
+
+
+def _refuse(when: bool, message: str) -> None:
+    if when:
+        raise ConfigError(message)
+
+
+def _check_model(model: ModelConfig) -> None:
+    _refuse(
+        model.head_dim is None and model.hidden_size % model.num_attention_heads != 0,
+        f"model.hidden_size={model.hidden_size} is not a multiple of "
+        f"model.num_attention_heads={model.num_attention_heads}; change one of them, or give model.head_dim",
+    )
+    _refuse(
+        model.num_attention_heads % model.num_key_value_heads != 0,
+        f"model.num_attention_heads={model.num_attention_heads} is not a multiple of "
+        f"model.num_key_value_heads={model.num_key_value_heads}",
+    )
+    _refuse(
+        model.num_experts_per_tok > model.num_local_experts,
+        f"model.num_experts_per_tok={model.num_experts_per_tok} is more than "
+        f"model.num_local_experts={model.num_local_experts}",
+    )
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    _refuse(
+        head_dim % 2 != 0,
+        f"a head of {head_dim} dimensions cannot be rotated: model.head_dim, or model.hidden_size / "
+        "model.num_attention_heads, must be even",
+    )
+
+
+def _check_run(config: Config) -> None:
+    model, data, train = config.model, config.data, config.train
+    _refuse(
+        data.sequence_length > model.max_position_embeddings,
+        f"data.sequence_length={data.sequence_length} is more than "
+        f"model.max_position_embeddings={model.max_position_embeddings}",
+    )
+    _refuse(
+        train.max_steps is None and train.epochs is None,
+        "train.max_steps and train.epochs are both null: give one of them",
+    )
+    _refuse(
+        train.max_steps is not None and train.epochs is not None,
+        "train.max_steps and train.epochs are both given: set one of them to null",
+    )
+    _refuse(
+        data.streaming and train.max_steps is None,
+        "data.streaming=true does not know the length of an epoch: give train.max_steps",
+    )
+    _refuse(
+        data.streaming and data.tokenizer == "train_bpe",
+        "data.tokenizer=train_bpe reads the whole corpus first: set data.streaming=false or name another tokenizer",
+    )
+    _refuse(
+        train.max_steps is not None and config.schedule.warmup_steps > train.max_steps,
+        f"schedule.warmup_steps={config.schedule.warmup_steps} is more than train.max_steps={train.max_steps}",
+    )
+    _refuse(
+        model.attn_implementation == "flash_attention_2" and train.precision != "bf16",
+        "model.attn_implementation=flash_attention_2 needs half precision: set train.precision=bf16",
+    )

@@ -1,0 +1,51 @@
+"""Errors that are the user's to mend: one message, one exit code."""
+
+
+class UserError(Exception):
+    """Something outside the program is wrong; the message says what, where, and the fix.
+
+    Attributes:
+        code: the process's exit code.
+        reason: the word for it in `exit.json`.
+    """
+
+    code = 1
+    reason = "error"
+
+
+class ConfigError(UserError):
+    """A key, value or combination of values cannot be used."""
+
+    code = 2
+    reason = "config"
+
+
+class DataError(UserError):
+    """The data cannot be read, or holds what cannot be trained on."""
+
+    code = 3
+    reason = "data"
+
+
+class NumericsError(UserError):
+    """A loss or a gradient is not finite."""
+
+    code = 5
+    reason = "numerics"
+
+
+class EnvironmentError(UserError):
+    """The machine, the network or the run folder does not allow the run."""
+
+    code = 6
+    reason = "environment"
+
+
+class InterruptedError(UserError):
+    """A signal asked the run to stop."""
+
+    reason = "interrupted"
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal_number
