@@ -1,0 +1,177 @@
+"""Documents: what is read, what is refused by file and line, and what is held out."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from tests.train.helpers import WORDS, write_corpus
+from train.config import DataConfig
+from train.data.sources import load_documents, split_documents, split_stream
+from train.errors import DataError, EnvironmentError
+
+
+def read(path, **changes):
+    return list(load_documents(DataConfig(path=str(path), **changes)))
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_holds_its_text_files_and_jsonl_rows_in_sorted_order(tmp_path, streaming):
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "b" / "one.txt", "a text\nof two lines")
+    write(tmp_path / "a.jsonl", '\n{"text": "first"}\n\n{"text": "second", "other": 1}\n')
+    write(tmp_path / "ignored.bin", b"\xff")
+    rows = read(tmp_path, streaming=streaming)
+    assert [row["text"] for row in rows] == ["first", "second", "a text\nof two lines"]
+    assert [row["source"] for row in rows] == [
+        f"{tmp_path}/a.jsonl:2",
+        f"{tmp_path}/a.jsonl:4",
+        f"{tmp_path}/b/one.txt",
+    ]
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "old"}\n')
+    assert read(path)[0]["text"] == "old"
+    write(path, '{"text": "new"}\n')
+    os.utime(path, ns=(1, 1))
+    assert read(path)[0]["text"] == "new"
+
+
+def test_another_field_can_hold_the_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"body": "here"}\n')
+    assert read(path, text_field="body")[0]["text"] == "here"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello"))[0]["text"] == "hello"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_saved_datasets_are_read_with_and_without_splits(tmp_path, streaming):
+    dataset = Dataset.from_dict({"body": ["one", "two"], "label": [0, 1]})
+    dataset.save_to_disk(tmp_path / "plain")
+    DatasetDict(train=dataset, test=dataset.select([1])).save_to_disk(tmp_path / "splits")
+    options = {"text_field": "body", "streaming": streaming}
+    assert [row["text"] for row in read(tmp_path / "plain", **options)] == ["one", "two"]
+    assert [row["text"] for row in read(tmp_path / "splits", split="test", **options)] == ["two"]
+    with pytest.raises(DataError, match=r"data.split=valid: .* train \| test"):
+        read(tmp_path / "splits", split="valid", **options)
+    with pytest.raises(DataError, match="data.text_field=text: .* body, label"):
+        read(tmp_path / "plain", streaming=streaming)
+
+
+def test_the_interpreter_brings_megabytes_of_source_and_prose():
+    documents = load_documents(DataConfig(path="python_stdlib"))
+    sources = set(documents["source"])
+    assert {"json/decoder.py", "topic assignment"} <= sources
+    assert not any({"test", "tests", "site-packages"} & set(source.split("/")) for source in sources)
+    assert sum(map(len, documents["text"])) > 5_000_000
+
+
+MALFORMED = {
+    "empty.txt": (b"", "no text in it"),
+    "blank.txt": (b"\n \n\t\n", "no text in it"),
+    "empty.jsonl": (b"", "no text in it"),
+    "blank.jsonl": (b"\n\n", "no text in it"),
+    "hollow.jsonl": (b'{"text": " "}\n', "no text in it"),
+    "latin.txt": (b"good\nb\xe9d\n", r"latin.txt:2: not UTF-8"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"latin.jsonl:2: not UTF-8"),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text": \n', r"broken.jsonl:3: not JSON"),
+    "list.jsonl": (b'["text"]\n', r"list.jsonl:1: expected an object with a field 'text', found list"),
+    "missing.jsonl": (
+        b'{"text": "a"}\n{"body": "b"}\n',
+        r"missing.jsonl:2: no field 'text'; it has body; set data.text_field",
+    ),
+    "number.jsonl": (b'{"text": 3}\n', r"number.jsonl:1: field 'text' holds int, not text"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_text_is_refused_by_file_and_line(tmp_path, name):
+    content, message = MALFORMED[name]
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("path", ["/no/such/place", "no.jsonl", "./nothing", "a/b/c"])
+def test_a_path_that_is_not_there_is_refused(path):
+    with pytest.raises(DataError, match="no such file or folder"):
+        read(path)
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no .txt or .jsonl file"):
+        read(tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
+    code = (
+        "from train.config import DataConfig\n"
+        "from train.data.sources import load_documents\n"
+        "from train.errors import EnvironmentError\n"
+        "try: load_documents(DataConfig(path='nobody/nothing'))\n"
+        "except EnvironmentError as error: print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert "data.path=nobody/nothing: no such file or folder, and the hub cannot be reached" in done.stdout, done.stderr
+
+
+def test_the_split_depends_on_the_texts_alone(tmp_path):
+    documents = load_documents(DataConfig(path=str(write_corpus(tmp_path / "a.jsonl"))))
+    training, held_out = split_documents(documents, 0.1)
+    assert (len(training), len(held_out)) == (54, 6)
+    shuffled = documents.shuffle(seed=3)
+    again = split_documents(shuffled, 0.1)[1]
+    assert set(again["text"]) == set(held_out["text"])
+    assert not set(training["text"]) & set(held_out["text"])
+
+
+def test_equal_texts_stay_on_one_side():
+    documents = Dataset.from_list([{"text": WORDS[i % 5], "source": ""} for i in range(20)])
+    training, held_out = split_documents(documents, 0.1)
+    assert not set(training["text"]) & set(held_out["text"])
+    assert len(held_out) == 4
+    with pytest.raises(DataError, match="same text"):
+        split_documents(Dataset.from_list([{"text": "x", "source": ""}] * 3), 0.1)
+
+
+def test_of_a_single_document_the_end_is_held_out():
+    one = Dataset.from_list([{"text": "abcdefghij", "source": "book.txt"}])
+    training, held_out = split_documents(one, 0.2)
+    assert (training["text"][0], held_out["text"][0]) == ("abcdefgh", "ij")
+    with pytest.raises(DataError, match="book.txt: too short"):
+        split_documents(Dataset.from_list([{"text": "a", "source": "book.txt"}]), 0.2)
+
+
+def test_a_stream_is_split_without_overlap(tmp_path):
+    path = write_corpus(tmp_path / "a.jsonl")
+    training, held_out = split_stream(load_documents(DataConfig(path=str(path), streaming=True)), 0.2, count=5)
+    trained, kept = [row["text"] for row in training], held_out["text"]
+    assert len(kept) == 5
+    assert not set(trained) & set(kept)
+    assert 60 > len(trained) > 30
+    with pytest.raises(DataError, match="data.held_out_fraction=1e-09 holds out no document"):
+        split_stream(load_documents(DataConfig(path=str(path), streaming=True)), 1e-9, count=5)
+
+
+@pytest.mark.parametrize("name", ["broken.jsonl", "latin.jsonl"])
+def test_a_malformed_stream_is_refused_by_file_and_line(tmp_path, name):
+    content, message = MALFORMED[name]
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=message):
+        split_stream(load_documents(DataConfig(path=str(path), streaming=True)), 0.5, count=5)
+
+
+def test_the_errors_tell_data_from_machine():
+    assert (DataError.code, EnvironmentError.code) == (3, 6)
+    assert json.dumps(DataError("x").reason) == '"data"'

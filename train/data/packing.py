@@ -1,0 +1,166 @@
+"""Documents packed into rows without waste.
+
+The documents of an epoch, in its order, form one stream of tokens, cut every S tokens into rows; only the last row of
+an epoch is padded. A document that crosses a cut goes on in the next row, its positions starting anew. Every token
+of a document but the first is predicted exactly once per epoch, the one after a cut included; nothing is predicted
+across the border of two documents. The rows of an epoch are then shuffled: neighbours are too much alike to
+make a good batch.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from mixtral.ops.cross_entropy import IGNORE_INDEX
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, each tensor (B, S).
+
+    Attributes:
+        input_ids: token ids.
+        position_ids: position in the document's part; 0 begins a part, which sees no other.
+        shifted_labels: the id to predict at each position, or -100.
+        token_mask: false for padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    shifted_labels: Tensor
+    token_mask: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Moves the batch."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def flattened(self) -> "Batch":
+        """Lays all rows into one; documents stay apart, since every row begins one."""
+        return Batch(*(tensor.reshape(1, -1) for tensor in self))
+
+
+Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Piece = tuple[np.ndarray, np.ndarray]  # ids of a part of a document, and the ids that follow each
+
+
+def stack(rows: list[Row]) -> Batch:
+    """Stacks rows into a batch."""
+    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+
+def make_row(pieces: list[Piece], sequence_length: int) -> Row:
+    """Lays parts of documents end to end and pads the rest, as ids, positions, labels and mask of length S."""
+    ids, positions = np.zeros(sequence_length, np.int64), np.zeros(sequence_length, np.int64)
+    labels, mask = np.full(sequence_length, IGNORE_INDEX, np.int64), np.zeros(sequence_length, bool)
+    start = 0
+    for piece, following in pieces:
+        stop = start + len(piece)
+        ids[start:stop], positions[start:stop], mask[start:stop] = piece, np.arange(len(piece)), True
+        labels[start : start + len(following)] = following
+        start = stop
+    positions[start:] = np.arange(sequence_length - start)
+    return ids, positions, labels, mask
+
+
+class PackedRows:
+    """Rows of documents that are at hand: any row of any epoch, by arithmetic alone.
+
+    Args:
+        documents: a dataset with the columns `input_ids` and `length`, no document empty.
+        sequence_length: S.
+        seed: of the order of documents and rows.
+        shuffle: whether each epoch has its own order; otherwise documents and rows keep theirs.
+        epochs: after so many, rows are padding; None never ends.
+    """
+
+    def __init__(
+        self,
+        documents: Dataset,
+        sequence_length: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = False,
+        epochs: float | None = None,
+    ) -> None:
+        self.documents = documents.with_format("numpy", columns=["input_ids"])
+        self.sequence_length = sequence_length
+        self.seed, self.shuffle = seed, shuffle
+        self.lengths = np.asarray(documents["length"], dtype=np.int64)
+        self.tokens_per_epoch = int(self.lengths.sum())
+        self.rows_per_epoch = -(-self.tokens_per_epoch // sequence_length)
+        self._end = None if epochs is None else round(epochs * self.rows_per_epoch)
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def __len__(self) -> int:
+        """Number of rows until the end, or of one epoch where there is none."""
+        return self.rows_per_epoch if self._end is None else self._end
+
+    def __getitem__(self, index: int) -> Row:
+        """Returns row `index`, counted through all epochs."""
+        if self._end is not None and index >= self._end:
+            return make_row([], self.sequence_length)
+        epoch, row = divmod(index, self.rows_per_epoch)
+        documents, starts, rows = self._order(epoch)
+        at = int(rows[row]) * self.sequence_length
+        stop = min(at + self.sequence_length, self.tokens_per_epoch)
+        place = int(np.searchsorted(starts, at, side="right")) - 1
+        pieces: list[Piece] = []
+        while at < stop:
+            ids = self.documents[int(documents[place])]["input_ids"]
+            begin = at - int(starts[place])
+            take = min(len(ids) - begin, stop - at)
+            pieces.append((ids[begin : begin + take], ids[begin + 1 : begin + take + 1]))
+            at, place = at + take, place + 1
+        return make_row(pieces, self.sequence_length)
+
+    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns an epoch's order of documents, where each begins in its stream, and its order of rows."""
+        documents, rows = np.arange(len(self.lengths)), np.arange(self.rows_per_epoch)
+        if self.shuffle:
+            random = np.random.default_rng((self.seed, epoch))
+            documents, rows = random.permutation(documents), random.permutation(rows)
+        lengths = self.lengths[documents]
+        return documents, np.cumsum(lengths) - lengths, rows
+
+
+def pack_stream(
+    documents: Iterable[list[int]], sequence_length: int, *, seed: int = 0, shuffle_buffer: int = 1
+) -> Iterator[Row]:
+    """Packs documents that arrive one by one into the same rows.
+
+    Args:
+        documents: token ids of each. Where they end, so do the rows; the last is padded.
+        sequence_length: S.
+        seed: of the order of rows.
+        shuffle_buffer: rows held to draw the next from; 1 keeps their order.
+    """
+    random = np.random.default_rng(seed)
+    held: list[list[Piece]] = []
+    for pieces in _cut_stream(documents, sequence_length):
+        held.append(pieces)
+        if len(held) == shuffle_buffer:
+            yield make_row(held.pop(int(random.integers(len(held)))), sequence_length)
+    for place in random.permutation(len(held)) if shuffle_buffer > 1 else range(len(held)):
+        yield make_row(held[place], sequence_length)
+
+
+def _cut_stream(documents: Iterable[list[int]], sequence_length: int) -> Iterator[list[Piece]]:
+    """Yields the parts of documents that fill each row."""
+    pieces: list[Piece] = []
+    filled = 0
+    for document in documents:
+        ids = np.asarray(document, dtype=np.int64)
+        begin = 0
+        while begin < len(ids):
+            take = min(len(ids) - begin, sequence_length - filled)
+            pieces.append((ids[begin : begin + take], ids[begin + 1 : begin + take + 1]))
+            begin, filled = begin + take, filled + take
+            if filled == sequence_length:
+                yield pieces
+                pieces, filled = [], 0
+    if pieces:
+        yield pieces

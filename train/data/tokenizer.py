@@ -1,0 +1,141 @@
+"""Tokenizers: Mixtral's own, one trained on the corpus, or any from a folder or the hub."""
+
+import importlib.resources
+from collections.abc import Iterator
+
+from datasets import Dataset
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from train.errors import ConfigError, EnvironmentError
+
+UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, as in Mixtral's own vocabulary
+
+
+def open_tokenizer(name: str, vocab_size: int, corpus: Dataset | None = None) -> PreTrainedTokenizerBase:
+    """Opens or trains the tokenizer that `data.tokenizer` names.
+
+    Args:
+        name: `mixtral`, `train_bpe`, a folder or a hub id.
+        vocab_size: V of the model.
+        corpus: the training documents, for `train_bpe`.
+
+    Returns:
+        A tokenizer with begin and end tokens, no larger than the embedding.
+
+    Raises:
+        ConfigError: when it is larger than the embedding or lacks an end token.
+        EnvironmentError: when it is neither a folder nor to be had from the hub.
+    """
+    if name == "mixtral":
+        tokenizer = mixtral_tokenizer()
+    elif name == "train_bpe":
+        if corpus is None:
+            raise ValueError("train_bpe needs a corpus")
+        tokenizer = train_bpe(corpus, vocab_size)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise EnvironmentError(
+                f"data.tokenizer={name}: no such folder, and not to be had from the hub ({reason})"
+            ) from None
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"data.tokenizer={name} has {len(tokenizer)} tokens, but the embedding only {vocab_size}: "
+            f"set model.vocab_size={len(tokenizer)} or more"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"data.tokenizer={name} has no end token, which marks the border between documents")
+    return tokenizer
+
+
+def document_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Turns texts into ids, each between the begin token, if there is one, and the end token."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [[*begin, *ids, tokenizer.eos_token_id] for ids in encoded]
+
+
+def train_bpe(corpus: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE, which represents every text exactly.
+
+    Args:
+        corpus: documents with a `text` column.
+        vocab_size: number of tokens, special ones included; a small corpus may yield fewer.
+
+    Raises:
+        ConfigError: when 256 bytes and the special tokens do not fit.
+    """
+    special = [UNKNOWN, BEGIN, END]
+    if vocab_size < 256 + len(special):
+        raise ConfigError(f"model.vocab_size={vocab_size}: data.tokenizer=train_bpe needs {256 + len(special)} or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def batches() -> Iterator[list[str]]:
+        for start in range(0, len(corpus), 256):
+            yield corpus[start : start + 256]["text"]
+
+    tokenizer.train_from_iterator(batches(), trainer=trainer, length=len(corpus))
+    return _wrap(tokenizer)
+
+
+def mixtral_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds Mixtral-8x7B's tokenizer, id for id, from the sentencepiece file that mistral-common ships.
+
+    A sentencepiece BPE merges by the score of the piece that results, so the merges are every split of
+    every piece into two known pieces, by that score.
+    """
+    model = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+    pieces = SentencePieceProcessor(model_proto=model.read_bytes())
+    vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.vocab_size())}
+    merges: list[tuple[float, str, str]] = []
+    for piece, index in vocabulary.items():
+        if pieces.is_control(index) or pieces.is_unknown(index) or pieces.is_byte(index):
+            continue
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
+        known.sort(key=lambda split: (vocabulary[split[0]], vocabulary[split[1]]))
+        merges += [(pieces.get_score(index), left, right) for left, right in known]
+    merges.sort(key=lambda merge: -merge[0])
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary,
+            [(left, right) for _, left, right in merges],
+            unk_token=UNKNOWN,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return _wrap(tokenizer)
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Adds the special tokens, and the begin token before every encoded text."""
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (UNKNOWN, BEGIN, END)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=UNKNOWN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
