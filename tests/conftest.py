@@ -1,8 +1,13 @@
 """What several test modules share: no network, no GPU where there is none, and tiny models."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the hub says so and unsets it
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="cierzo-tests-")  # caches of the tests go with them
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch

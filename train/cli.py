@@ -1,10 +1,9 @@
 """The command line: `cierzo VERB ...`, `python -m train ...`. Words in, exit code out."""
 
-import os
 import sys
 from collections.abc import Sequence
 
-from train.errors import ConfigError, UserError
+from train.errors import ConfigError, UserError, report
 
 USAGE = """\
 Cierzo trains Mixtral-style sparse mixtures of experts.
@@ -45,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         composed = compose(rest)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        report(error)
         return error.code
     from train.run import run
 

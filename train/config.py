@@ -308,10 +308,6 @@ def _check_run(config: Config) -> None:
         "data.tokenizer=train_bpe reads the whole corpus first: set data.streaming=false or name another tokenizer",
     )
     _refuse(
-        train.max_steps is not None and config.schedule.warmup_steps > train.max_steps,
-        f"schedule.warmup_steps={config.schedule.warmup_steps} is more than train.max_steps={train.max_steps}",
-    )
-    _refuse(
         model.attn_implementation == "flash_attention_2" and train.precision != "bf16",
         "model.attn_implementation=flash_attention_2 needs half precision: set train.precision=bf16",
     )

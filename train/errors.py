@@ -1,5 +1,11 @@
 """Errors that are the user's to mend: one message, one exit code."""
 
+import os
+import sys
+import time
+
+LINGER_SECONDS = 8.0
+
 
 class UserError(Exception):
     """Something outside the program is wrong; the message says what, where, and the fix.
@@ -49,3 +55,15 @@ class InterruptedError(UserError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.code = 128 + signal_number
+
+
+def report(error: UserError) -> None:
+    """Says an error once: the main process prints it, the others give it time to.
+
+    A launcher ends all processes as soon as one has failed. Were another the first, the main process would
+    be ended before its message and its `exit.json`.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(LINGER_SECONDS)

@@ -105,7 +105,6 @@ MISTAKES = {
     "train.epochs=1": "train.max_steps and train.epochs are both given",
     "train.max_steps=null": "train.max_steps and train.epochs are both null",
     "data.streaming=true": "data.tokenizer=train_bpe reads the whole corpus",
-    "schedule.warmup_steps=9999": "schedule.warmup_steps=9999 .* train.max_steps",
     "model.attn_implementation=flash_attention_2": "flash_attention_2 needs half precision",
 }
 
@@ -164,7 +163,7 @@ def test_help_and_mistakes_answer_in_seconds_without_torch(words, code, named):
     assert named in said
 
 
-def test_only_the_first_process_speaks(tmp_path):
+def test_only_the_first_process_speaks():
     command = [sys.executable, "-m", "train", "train.max_step=3"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "", "RANK": "1"}, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env={"RANK": "1"}, cwd=ROOT, timeout=30)
     assert (done.returncode, done.stdout + done.stderr) == (2, "")

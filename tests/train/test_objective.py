@@ -1,0 +1,183 @@
+"""The loss and its gradient depend on the step's tokens alone: not on how they are split. In fp64, to 1e-10.
+
+The reductions are the test's own: each simulated process computes its parts, and the test adds them up.
+"""
+
+import itertools
+
+import pytest
+import torch
+from datasets import Dataset
+
+from mixtral.losses import load_balancing_loss
+from mixtral.ops.cross_entropy import IGNORE_INDEX
+from train.data.packing import PackedRows, stack
+from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
+
+ROWS = 8
+
+
+@pytest.fixture
+def step_rows():
+    """Eight ragged rows: documents of unequal length, untrained stretches, and padding at the end."""
+    lengths = [5, 9, 14, 3, 21, 2, 8]
+    ids = iter(torch.randint(0, 128, (sum(lengths),)).tolist())
+    documents = [[next(ids) for _ in range(length)] for length in lengths]
+    dataset = Dataset.from_dict({"input_ids": documents, "length": lengths})
+    rows = PackedRows(dataset, 8, epochs=1)
+    batch = stack([rows[index] for index in range(ROWS)])
+    batch.shifted_labels[1, 2:6] = IGNORE_INDEX
+    batch.shifted_labels[3] = IGNORE_INDEX
+    return batch
+
+
+def rows_of(batch, indices):
+    return type(batch)(*(tensor[list(indices)] for tensor in batch))
+
+
+def step(model, batch, world, accumulation, coefficients):
+    """Simulates a step of `world` processes; returns its total parts, its loss and every gradient."""
+    model.zero_grad()
+    size = StepSize(
+        tokens=batch.token_mask.sum(),
+        trained_tokens=(batch.shifted_labels != IGNORE_INDEX).sum(),
+        parts=world * accumulation,
+    )
+    parts, loss = [], 0.0
+    width = ROWS // (world * accumulation)
+    for micro_step in range(accumulation):
+        shares = [
+            rows_of(batch, range(start, start + width))
+            for start in range(micro_step * world * width, (micro_step + 1) * world * width, width)
+        ]
+        outputs = [predict(model, share, size.trained_tokens, routing=True) for share in shares]
+        loads = []  # what an all-reduce would have given: first gathered, then handed back
+
+        def gather(load, loads=loads):
+            loads.append(load)
+            return load
+
+        for share, output in zip(shares, outputs, strict=True):
+            objective_parts(output, share.token_mask, size, gather, coefficients)
+        total = sum(loads) if loads else None
+        for share, output in zip(shares, outputs, strict=True):
+            part = objective_parts(output, share.token_mask, size, lambda _, total=total: total, coefficients)
+            part.loss(coefficients).backward(retain_graph=True)
+            loss += part.loss(coefficients).item()
+            parts.append(part.detached())
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return Parts.total(parts, lambda tensor: tensor), loss, gradients
+
+
+def assert_same(mine, other):
+    assert mine[1] == pytest.approx(other[1], rel=1e-10)
+    for name, gradient in other[2].items():
+        assert (mine[2][name] - gradient).norm() <= 1e-10 * gradient.norm(), name
+
+
+SPLITS = [(2, 1), (4, 1), (8, 1)]
+ACCUMULATED = [(1, 2), (1, 4), (2, 2), (1, 8), (4, 2)]
+
+
+@pytest.mark.parametrize(("world", "accumulation"), SPLITS + ACCUMULATED)
+def test_cross_entropy_and_z_loss_do_not_depend_on_the_split(make_model, step_rows, world, accumulation):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=0.0, router_z_loss=0.3, scope="global_batch")
+    whole = step(model, step_rows, 1, 1, coefficients)
+    assert_same(step(model, step_rows, world, accumulation, coefficients), whole)
+
+
+@pytest.mark.parametrize(("world", "accumulation"), SPLITS)
+def test_the_global_batch_router_loss_does_not_depend_on_the_number_of_processes(
+    make_model, step_rows, world, accumulation
+):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=0.7, router_z_loss=0.0, scope="global_batch")
+    whole = step(model, step_rows, 1, 1, coefficients)
+    assert_same(step(model, step_rows, world, accumulation, coefficients), whole)
+
+
+@pytest.mark.parametrize(("world", "accumulation"), SPLITS + ACCUMULATED)
+def test_the_logged_router_loss_is_exact_however_the_step_is_split(make_model, step_rows, world, accumulation):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=0.1, router_z_loss=0.0, scope="huggingface")
+
+    def logged(split):
+        statistics = step(model, step_rows, *split, coefficients)[0].statistics
+        return load_balancing_loss(statistics.counts_LE, statistics.probability_LE, step_rows.token_mask.sum()).item()
+
+    assert logged((world, accumulation)) == pytest.approx(logged((1, 1)), rel=1e-12)
+
+
+def test_the_huggingface_scope_depends_on_the_split(make_model, step_rows):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=1.0, router_z_loss=0.0, scope="huggingface")
+    values = [
+        step(model, step_rows, *split, coefficients)[0].router_objective.item() for split in [(1, 1), (2, 1), (1, 2)]
+    ]
+    assert abs(values[1] - values[0]) > 1e-3
+    assert abs(values[2] - values[0]) > 1e-3
+
+
+def test_the_huggingface_scope_is_the_published_loss(make_model, step_rows):
+    model = make_model(torch.float64)
+    batch = rows_of(step_rows, range(4))  # no padding in these
+    coefficients = Coefficients(router_loss=1.0, router_z_loss=0.0, scope="huggingface")
+    size = StepSize(batch.token_mask.sum(), torch.tensor(1), parts=1)
+    part = objective_parts(predict(model, batch, 1, routing=True), batch.token_mask, size, lambda x: x, coefficients)
+    published = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, output_router_logits=True, use_cache=False
+    ).aux_loss
+    assert part.router_objective.item() == pytest.approx(published.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("scope", ["global_batch", "huggingface"])
+def test_the_router_gradient_is_linear_in_the_coefficient_and_not_zero(make_model, step_rows, scope):
+    model = make_model(torch.float64)
+    gates = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(3)]
+    gradients = []
+    for coefficient in (0.0, 1.0, 3.0):
+        coefficients = Coefficients(router_loss=coefficient, router_z_loss=0.0, scope=scope)
+        gradients.append(step(model, step_rows, 1, 1, coefficients)[2])
+    for gate in gates:
+        of_one, of_three = (gradients[index][gate] - gradients[0][gate] for index in (1, 2))
+        assert of_one.norm() > 1e-4
+        assert torch.allclose(of_three, 3 * of_one, rtol=1e-8, atol=1e-14)
+
+
+def test_more_padding_changes_nothing(make_model, step_rows):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=0.5, router_z_loss=0.2, scope="global_batch")
+    assert not step_rows.token_mask[-1].all()
+    padded = type(step_rows)(*(tensor.clone() for tensor in step_rows))
+    padded.input_ids[~padded.token_mask] = 77  # whatever padding holds
+    assert_same(step(model, padded, 2, 2, coefficients), step(model, step_rows, 2, 2, coefficients))
+
+
+def test_a_process_without_a_trained_token_takes_part(make_model, step_rows):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=0.5, router_z_loss=0.2, scope="global_batch")
+    assert (step_rows.shifted_labels[3] == IGNORE_INDEX).all()
+    assert_same(step(model, step_rows, 8, 1, coefficients), step(model, step_rows, 1, 1, coefficients))
+
+
+def test_parts_add_up_in_any_order(make_model, step_rows):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=0.5, router_z_loss=0.2, scope="global_batch")
+    size = StepSize(step_rows.token_mask.sum(), torch.tensor(10), parts=4)
+    parts = [
+        objective_parts(
+            predict(model, rows_of(step_rows, range(start, start + 2)), 10, routing=True),
+            step_rows.token_mask[start : start + 2],
+            size,
+            lambda tensor: tensor,
+            coefficients,
+        ).detached()
+        for start in range(0, ROWS, 2)
+    ]
+    totals = [
+        Parts.total(list(order), lambda tensor: tensor) for order in itertools.islice(itertools.permutations(parts), 5)
+    ]
+    for total in totals[1:]:
+        for mine, other in zip(total.tensors(), totals[0].tensors(), strict=True):
+            assert torch.allclose(mine, other, rtol=1e-12)

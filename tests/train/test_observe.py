@@ -1,0 +1,161 @@
+"""What a person sees, and trackers that cannot hurt a run."""
+
+import json
+import os
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+from matplotlib.image import imread
+
+from mixtral import MixtralConfig
+from tests.train.helpers import PYTHON, SMALL, launch, metrics, run_small, write_corpus
+from train.config import Config
+from train.observe import plots
+from train.observe.hardware import named_peak
+from train.observe.progress import Progress, count, header
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
+
+
+def row(step, layers=3, experts=8):
+    figures = {"loss": 8.0 / step, "router_loss": 2.0, "tokens_per_second": 1234.5}
+    return {"step": step, "expert_load": [[1 / experts] * experts] * layers, **figures}
+
+
+@pytest.mark.parametrize("layers", [1, 3, 6])
+def test_plots_are_pictures_with_something_on_them(tmp_path, layers):
+    rows = [row(step, layers) for step in (1, 10, 20)]
+    plots.draw_loss([{"step": 0, "eval_loss": 8.1, "eval_perplexity": 3000.0}, *rows], tmp_path / "loss.png")
+    plots.draw_expert_load(rows, tmp_path / "load.png")
+    for name in ("loss.png", "load.png"):
+        assert imread(tmp_path / name)[..., :3].std() > 0.02
+
+
+def test_a_single_logged_step_can_be_drawn(tmp_path):
+    plots.draw_loss([row(1)], tmp_path / "loss.png")
+    plots.draw_expert_load([row(1)], tmp_path / "load.png")
+
+
+def test_off_a_terminal_progress_is_plain_lines(capsys):
+    progress = Progress(100)
+    progress.show({"step": 0, "eval_loss": 8.3, "eval_perplexity": 4023.9})
+    for _ in range(10):
+        progress.advance(seconds=2.0)
+    progress.show(row(10))
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0/100  held-out loss 8.3000, perplexity 4,023.9",
+        "step 10/100  loss 0.8000  router 2.000  1,234 tok/s  3:00 left",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr("train.observe.progress.sys.stderr.isatty", lambda: True, raising=False)
+    progress = Progress(100)
+    progress.advance(seconds=1.0)
+    progress.show(row(1) | {"eval_loss": 8.3, "eval_perplexity": 4023.9})
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "1/100" in shown
+    assert "loss 8.0000" in shown
+    assert "step 1: held-out loss 8.3000" in shown
+
+
+def test_the_header_says_what_runs_where():
+    text = header(Config(), MixtralConfig(), 100, 2, "cpu", "runs/x")
+    assert "46.7 B parameters, 12.9 B active per token: 32 layers, 8 experts, top-2" in text
+    assert "8.2 k tokens: 2 processes x 1 rows x 1 accumulated" in text
+    assert "runs/x" in text
+
+
+def test_counts_are_written_for_a_person():
+    assert [count(n) for n in (340, 2048, 12_900_000, 46_702_792_704)] == ["340", "2.0 k", "12.9 M", "46.7 B"]
+
+
+def test_known_devices_have_a_peak_and_others_none():
+    assert named_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert named_peak("NVIDIA H100 PCIe") == 756e12
+    assert named_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert named_peak("AMD EPYC") is None
+
+
+def test_tensorboard_gets_the_same_figures(corpus, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run_small(tmp_path, f"data.path={corpus}", "tracker=tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"loss", "eval_loss", "grad_norm"} <= set(events.Tags()["scalars"])
+    assert {"loss", "expert_load"} <= set(events.Tags()["images"])
+    written = [row["loss"] for row in metrics(tmp_path)[1:]]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(written)
+
+
+@pytest.mark.slow
+def test_wandb_is_written_offline_with_the_same_figures_and_the_picture(corpus, tmp_path, capfd):
+    assert run_small(tmp_path, f"data.path={corpus}", "tracker=wandb") == 0
+    said = capfd.readouterr().out
+    assert f"wandb sync {tmp_path}/wandb/offline-run-" in said
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (log,) = run.glob("run-*.wandb")
+    sent = log.read_bytes()
+    for row in metrics(tmp_path)[1:]:
+        assert json.dumps(row["loss"]).encode() in sent
+    assert b"expert_load/layer_1/expert_7" in sent
+    assert len(list((run / "files" / "media").rglob("expert_load*.png"))) == 1
+
+
+@pytest.mark.slow
+def test_an_unreachable_wandb_changes_no_loss_and_adds_at_most_five_seconds(corpus, tmp_path, capfd):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runs = {
+        "none": (["tracker=none"], {}),
+        "dead": (
+            ["tracker=wandb", "tracker.mode=online"],
+            {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "secret0" * 6},
+        ),
+    }
+    seconds, said = {}, {}
+    for name, (words, environment) in runs.items():
+        started = time.monotonic()
+        done = launch(PYTHON, *SMALL, f"data.path={corpus}", f"run.dir={tmp_path / name}", *words, **environment)
+        seconds[name], said[name] = time.monotonic() - started, done.stdout
+        assert done.returncode == 0, done.stderr
+    assert "W&B did not answer in time" in said["dead"]
+    assert seconds["dead"] - seconds["none"] < 5 + 2  # two for the noise of starting a process
+    losses = [[row.get("loss") for row in metrics(tmp_path / name)] for name in runs]
+    assert losses[0] == losses[1]
+    held = [path for path in (tmp_path / "dead").rglob("*") if path.is_file() and b"secret0" in path.read_bytes()]
+    assert held == []
+
+
+def test_the_follower_forwards_whole_lines_once(tmp_path):
+    from train.observe.wandb_follower import forward
+
+    logged = []
+    run = SimpleNamespace(log=lambda row, step: logged.append((step, row)))
+    path = tmp_path / "metrics.jsonl"
+    assert forward(run, path, 0) == 0
+    path.write_text('{"step": 1, "expert_load": [[0.25, 0.75]], "router_entropy": [0.5]}\n{"step": 2, "lo')
+    seen = forward(run, path, 0)
+    with path.open("a") as file:
+        file.write('ss": 3.5}\n')
+    assert forward(run, path, seen) == os.path.getsize(path)
+    assert logged == [
+        (
+            1,
+            {
+                "step": 1,
+                "expert_load/layer_0/expert_0": 0.25,
+                "expert_load/layer_0/expert_1": 0.75,
+                "router_entropy/layer_0": 0.5,
+            },
+        ),
+        (2, {"step": 2, "loss": 3.5}),
+    ]

@@ -1,0 +1,81 @@
+"""Optimizers, master weights and schedules."""
+
+import pytest
+import torch
+import transformers
+
+from train.config import OptimConfig, ScheduleConfig
+from train.optim import MasterWeights, build_optimizer, learning_rate
+
+STEPS, WARMUP = 50, 10
+
+
+def theirs(name, **options):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = getattr(transformers, f"get_{name}_schedule_with_warmup")(
+        optimizer, num_warmup_steps=WARMUP, num_training_steps=STEPS, **options
+    )
+    rates = []
+    for _ in range(STEPS):
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    return rates
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_schedules_equal_transformers(name):
+    config = ScheduleConfig(name=name, warmup_steps=WARMUP, min_lr_ratio=0.0)
+    expected = [min(1.0, step / WARMUP) for step in range(1, STEPS + 1)] if name == "constant" else theirs(name)
+    got = [learning_rate(step, STEPS, 1.0, config) for step in range(1, STEPS + 1)]
+    assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_warmup_stable_decay_holds_the_peak_and_ends_at_its_floor():
+    config = ScheduleConfig(name="warmup_stable_decay", warmup_steps=WARMUP, decay_fraction=0.2, min_lr_ratio=0.1)
+    rates = [learning_rate(step, STEPS, 2.0, config) for step in range(1, STEPS + 1)]
+    assert rates[WARMUP - 1 : 40] == [2.0] * 31
+    assert rates[44] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert rates[-1] == pytest.approx(0.2)
+
+
+def test_the_last_step_of_a_cosine_has_the_smallest_rate():
+    config = ScheduleConfig(name="cosine", warmup_steps=0, min_lr_ratio=0.1)
+    assert learning_rate(STEPS, STEPS, 1.0, config) == pytest.approx(0.1)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    parameters = {"matrix": torch.ones(2, 2, requires_grad=True), "norm": torch.ones(2, requires_grad=True)}
+    optimizer = build_optimizer(parameters, OptimConfig(lr=0.1, weight_decay=0.5))
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert (parameters["matrix"] < 1).all()
+    assert (parameters["norm"] == 1).all()
+
+
+def test_updates_too_small_for_bf16_add_up_in_the_master_weights():
+    model = torch.nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    masters = MasterWeights(model)
+    assert model.weight.dtype == torch.bfloat16
+    optimizer = build_optimizer(masters.by_name, OptimConfig(name="sgd", lr=1e-3, weight_decay=0.0))
+    for _ in range(100):
+        model.weight.grad = torch.ones_like(model.weight)
+        masters.collect_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        masters.publish()
+    assert torch.allclose(masters.by_name["weight"], torch.full((4, 4), 0.9), atol=1e-5)
+    assert torch.allclose(model.weight.float(), torch.full((4, 4), 0.9), atol=4e-3)
+
+
+def test_bf16_gradients_are_accumulated_in_fp32():
+    model = torch.nn.Linear(1, 1, bias=False)
+    masters = MasterWeights(model)
+    for value in (256.0, 1.0):  # their bf16 sum is 256
+        model.weight.grad = torch.full((1, 1), value, dtype=torch.bfloat16)
+        masters.collect_gradients()
+    assert masters.by_name["weight"].grad.item() == 257.0
+    assert model.weight.grad is None

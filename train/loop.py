@@ -1,0 +1,100 @@
+"""The training loop: `train` and `train_step`."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from mixtral.losses import load_balancing_loss
+from mixtral.ops.cross_entropy import IGNORE_INDEX
+from train.config import Config
+from train.data.loader import Data, Prefetch, Share
+from train.data.packing import Batch
+from train.evaluate import evaluate
+from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
+from train.observe.observer import Observer
+from train.optim import learning_rate
+from train.parallel.engine import Engine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, summed over processes."""
+
+    parts: Parts
+    tokens: int
+    top_k: int
+    grad_norm: float
+
+    def figures(self) -> dict[str, object]:
+        """The step's figures under their names in metrics.jsonl."""
+        statistics = self.parts.statistics
+        counts_LE = statistics.counts_LE
+        return {
+            "loss": self.parts.cross_entropy.item(),
+            "router_loss": load_balancing_loss(counts_LE, statistics.probability_LE, self.tokens).item(),
+            "router_objective": self.parts.router_objective.item(),
+            "router_z_loss": self.parts.router_z_loss.item(),
+            "grad_norm": self.grad_norm,
+            "expert_load": (counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)).tolist(),
+            "dropped_fraction": 1 - counts_LE.sum().item() / max(1, self.tokens * self.top_k * len(counts_LE)),
+            "cross_rank_fraction": 0.0,  # every process holds every expert
+            "router_entropy": (statistics.entropy_L / max(1, self.tokens)).tolist(),
+        }
+
+
+def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: Observer) -> None:
+    """Trains, evaluating before the first step, every `evaluate.every` steps and after the last."""
+    share = Share(
+        engine.rank, engine.world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps
+    )
+    coefficients = Coefficients(
+        config.model.router_aux_loss_coef, config.train.router_z_loss_coef, config.train.router_loss_scope
+    )
+    observer.log(0, evaluate(engine, config, data))
+    steps = Prefetch(data.steps(share))
+    try:
+        for step in range(1, max_steps + 1):
+            started = time.perf_counter()
+            micro_batches = next(steps)
+            waited = time.perf_counter() - started
+            lr = learning_rate(step, max_steps, config.optim.lr, config.schedule)
+            result = train_step(engine, micro_batches, lr, coefficients)
+            observer.count(result.tokens, seconds=time.perf_counter() - started, waited=waited)
+            evaluating = step == max_steps or (config.evaluate.every and step % config.evaluate.every == 0)
+            if evaluating or step % config.train.log_every == 0 or step == 1:
+                figures = {**result.figures(), "lr": lr, **observer.speed(engine)}
+                observer.log(step, figures | (evaluate(engine, config, data) if evaluating else {}))
+    finally:
+        steps.close()
+
+
+def train_step(engine: Engine, micro_batches: list[Batch], lr: float, coefficients: Coefficients) -> StepResult:
+    """Takes one optimizer step over this process's micro-batches.
+
+    Raises:
+        NumericsError: when the gradient is not finite; no weight has changed then.
+    """
+    engine.model.train()
+    size = _step_size(engine, micro_batches)
+    done: list[Parts] = []
+    for index, batch in enumerate(micro_batches):
+        batch = engine.place(batch)
+        output = predict(engine.model, batch, size.trained_tokens, routing=True)
+        parts = objective_parts(output, batch.token_mask, size, engine.sum, coefficients)
+        engine.backward(parts.loss(coefficients), last=index == len(micro_batches) - 1)
+        done.append(parts.detached())
+    top_k = engine.module.config.num_experts_per_tok
+    return StepResult(Parts.total(done, engine.sum), int(size.tokens), top_k, engine.step(lr))
+
+
+def _step_size(engine: Engine, micro_batches: list[Batch]) -> StepSize:
+    counts = torch.tensor(
+        [
+            sum(int(batch.token_mask.sum()) for batch in micro_batches),
+            sum(int((batch.shifted_labels != IGNORE_INDEX).sum()) for batch in micro_batches),
+        ],
+        device=engine.device,
+    )
+    tokens, trained = engine.sum(counts).clamp(min=1)
+    return StepSize(tokens, trained, parts=engine.world_size * len(micro_batches))

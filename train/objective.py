@@ -1,0 +1,138 @@
+"""What is minimised: token-mean cross-entropy, router loss and router z-loss, as parts that add up.
+
+Each part below is one process's and one micro-step's share of a value of the whole optimizer step: their
+plain sum over processes and micro-steps is that value, and so with gradients. No mean of means is taken.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixtral.heads import CausalLMOutput
+from mixtral.losses import (
+    RouterStatistics,
+    load_balancing_loss,
+    pooled_load_balancing_loss,
+    router_statistics,
+    router_z_loss,
+)
+from train.data.packing import Batch
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What every process knows of an optimizer step before its first forward pass.
+
+    Attributes:
+        tokens: tokens of all rows that are no padding.
+        trained_tokens: those whose label is trained.
+        parts: processes times micro-steps.
+    """
+
+    tokens: Tensor
+    trained_tokens: Tensor
+    parts: int
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """How the router terms weigh, and over which tokens the load is balanced."""
+
+    router_loss: float
+    router_z_loss: float
+    scope: str
+
+
+@dataclass
+class Parts:
+    """Shares of a step's values; adding two of them gives the share of both.
+
+    Attributes:
+        cross_entropy: of the token-mean cross-entropy.
+        router_objective: of the router loss that is optimised.
+        router_z_loss: of the router z-loss.
+        statistics: sums over tokens, from which the exact router loss follows.
+    """
+
+    cross_entropy: Tensor
+    router_objective: Tensor
+    router_z_loss: Tensor
+    statistics: RouterStatistics
+
+    def loss(self, coefficients: Coefficients) -> Tensor:
+        """The share of the loss to differentiate."""
+        return (
+            self.cross_entropy
+            + coefficients.router_loss * self.router_objective
+            + coefficients.router_z_loss * self.router_z_loss
+        )
+
+    def detached(self) -> "Parts":
+        """The same values without their graph."""
+        statistics = RouterStatistics(*(tensor.detach() for tensor in self.statistics))
+        return Parts(
+            self.cross_entropy.detach(), self.router_objective.detach(), self.router_z_loss.detach(), statistics
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every value, in a fixed order."""
+        return [self.cross_entropy, self.router_objective, self.router_z_loss, *self.statistics]
+
+    @staticmethod
+    def total(parts: "list[Parts]", reduce: Reduce) -> "Parts":
+        """Adds up parts, then over the processes in one reduction, in fp64."""
+        columns = zip(*(part.tensors() for part in parts), strict=True)
+        sums = [torch.stack([tensor.double() for tensor in column]).sum(dim=0) for column in columns]
+        flat = reduce(torch.cat([tensor.flatten() for tensor in sums]))
+        pieces = flat.split([tensor.numel() for tensor in sums])
+        values = [piece.view_as(tensor) for piece, tensor in zip(pieces, sums, strict=True)]
+        return Parts(values[0], values[1], values[2], RouterStatistics(*values[3:]))
+
+
+def predict(model: nn.Module, batch: Batch, divisor: Tensor | int, *, routing: bool = False) -> CausalLMOutput:
+    """Runs a model on packed rows; its `loss` is the summed cross-entropy over the divisor, its logits never formed."""
+    return model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        shifted_labels=batch.shifted_labels,
+        num_items_in_batch=divisor,
+        skip_logits=True,
+        output_routing=routing,
+        use_cache=False,
+    )
+
+
+def objective_parts(
+    output: CausalLMOutput, token_mask: Tensor, step: StepSize, reduce: Reduce, coefficients: Coefficients
+) -> Parts:
+    """Computes this process's shares for one micro-step.
+
+    Args:
+        output: of `predict` with the divisor `step.trained_tokens` and `routing=True`.
+        token_mask: (B, S), false for padding.
+        step: the size of the whole step.
+        reduce: sums a tensor over the processes; called once with scope `global_batch`, else never.
+        coefficients: weights and scope.
+    """
+    assert output.loss is not None
+    assert output.router_logits is not None
+    assert output.expert_indices is not None
+    statistics = router_statistics(output.router_logits, output.expert_indices, token_mask)
+    tokens = token_mask.sum().to(statistics.counts_LE.dtype)
+    if coefficients.scope == "global_batch":
+        load = reduce(torch.cat([statistics.counts_LE.flatten(), tokens[None]]))
+        counts_LE, micro_batch_tokens = load[:-1].view_as(statistics.counts_LE), load[-1]
+        router = load_balancing_loss(counts_LE, statistics.probability_LE, micro_batch_tokens)
+        router = router * (micro_batch_tokens / step.tokens)
+    else:
+        router = pooled_load_balancing_loss(statistics, tokens) / step.parts
+    return Parts(
+        cross_entropy=output.loss,
+        router_objective=router,
+        router_z_loss=router_z_loss(statistics.squared_lse_L, step.tokens),
+        statistics=statistics,
+    )

@@ -1,0 +1,89 @@
+"""The figures of a run: counted on every process, written and shown by the main one."""
+
+import json
+import resource
+from typing import Any
+
+import torch
+
+from train.folder import RunFolder
+from train.observe.hardware import peak_flops
+from train.observe.plots import draw
+from train.observe.progress import Progress
+from train.observe.trackers import Tracker
+from train.parallel.engine import Engine
+
+
+class Observer:
+    """Writes metrics.jsonl, shows progress and feeds the tracker.
+
+    Args:
+        folder: the run folder; None on the processes that write nothing.
+        tracker: where figures also go.
+        max_steps: for the progress bar.
+        flops_per_token: floating-point operations of training on one token.
+    """
+
+    def __init__(self, folder: RunFolder | None, tracker: Tracker | None, max_steps: int, flops_per_token: int) -> None:
+        self._folder, self._tracker = folder, tracker
+        self._flops_per_token = flops_per_token
+        self._metrics = folder.open_metrics() if folder else None
+        self._progress = Progress(max_steps) if folder else None
+        self._tokens = self._new_tokens = 0
+        self._seconds = self._waited = 0.0
+        self.last: dict[str, Any] = {}
+        self.evaluations: list[float] = []
+
+    def count(self, tokens: int, *, seconds: float, waited: float) -> None:
+        """Counts a step: its tokens over all processes, its time, and the part of it spent waiting for data."""
+        self._tokens += tokens
+        self._new_tokens += tokens
+        self._seconds += seconds
+        self._waited += waited
+        if self._progress:
+            self._progress.advance(seconds)
+
+    def speed(self, engine: Engine) -> dict[str, Any]:
+        """Gives the figures of speed and memory since the last call; every process must call it."""
+        if engine.device.type == "cuda":
+            peak_bytes = torch.cuda.max_memory_allocated(engine.device)
+        else:
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        worst = engine.max(
+            torch.tensor([peak_bytes, self._waited / self._seconds], dtype=torch.float64, device=engine.device)
+        )
+        rate = self._new_tokens / self._seconds
+        figures: dict[str, Any] = {
+            "tokens": self._tokens,
+            "tokens_per_second": rate,
+            "data_wait_fraction": worst[1].item(),
+            "peak_memory_bytes": int(worst[0]),
+        }
+        peak = peak_flops(engine.device)
+        if peak is not None:
+            figures["mfu"] = rate * self._flops_per_token / (engine.world_size * peak)
+        self._new_tokens, self._seconds, self._waited = 0, 0.0, 0.0
+        return figures
+
+    def log(self, step: int, figures: dict[str, Any]) -> None:
+        """Writes one line of figures, shows it and hands it to the tracker."""
+        row = {"step": step, "tokens": self._tokens} | figures
+        self.last |= row
+        if "eval_loss" in row:
+            self.evaluations.append(row["eval_loss"])
+        if self._metrics and self._progress:
+            self._metrics.write(json.dumps(row) + "\n")
+            self._progress.show(row)
+            if "eval_loss" in row and self._folder:
+                draw(self._folder)
+        if self._tracker:
+            self._tracker.log(row)
+
+    def finish(self) -> None:
+        """Closes files, bar and tracker."""
+        if self._progress:
+            self._progress.close()
+        if self._metrics:
+            self._metrics.close()
+        if self._tracker:
+            self._tracker.finish()

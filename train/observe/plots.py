@@ -1,0 +1,90 @@
+"""Pictures of a run, drawn from metrics.jsonl."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.folder import RunFolder
+
+
+def draw(folder: RunFolder) -> None:
+    """Draws `plots/loss.png` and `plots/expert_load.png` of what metrics.jsonl holds so far."""
+    rows = read_metrics(folder.metrics_path)
+    target = folder.path / "plots"
+    target.mkdir(exist_ok=True)
+    draw_loss(rows, target / "loss.png")
+    if any("expert_load" in row for row in rows):
+        draw_expert_load(rows, target / "expert_load.png")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads the rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(**grid)
+
+
+def draw_loss(rows: list[dict[str, Any]], target: Path) -> None:
+    """Draws training and held-out cross-entropy, and the router loss below them."""
+    figure, (upper, lower) = _figure(8, 6, nrows=2, sharex=True, height_ratios=(3, 1))
+    trained = [row for row in rows if "loss" in row]
+    steps = [row["step"] for row in trained]
+    upper.plot(steps, [row["loss"] for row in trained], color="tab:blue", linewidth=1.2, label="training")
+    evaluated = [row for row in rows if "eval_loss" in row]
+    upper.plot(
+        [row["step"] for row in evaluated],
+        [row["eval_loss"] for row in evaluated],
+        "o-",
+        color="tab:orange",
+        label="held-out",
+    )
+    upper.set_ylabel("cross-entropy (nats per token)")
+    upper.legend()
+    lower.plot(steps, [row["router_loss"] for row in trained], color="tab:green", linewidth=1.2)
+    lower.set_ylabel("router loss")
+    lower.set_xlabel("step")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=110)
+
+
+def draw_expert_load(rows: list[dict[str, Any]], target: Path) -> None:
+    """Draws each layer's load per expert over the steps; an equal share is white."""
+    logged = [row for row in rows if "expert_load" in row]
+    load_SLE = np.asarray([row["expert_load"] for row in logged])
+    _, layers, experts = load_SLE.shape
+    columns = min(layers, 4)
+    figure, axes = _figure(
+        3.2 * columns + 1,
+        2.2 * math.ceil(layers / columns) + 0.6,
+        nrows=math.ceil(layers / columns),
+        ncols=columns,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    edges = [row["step"] for row in logged]
+    edges = [edges[0] - (edges[1] - edges[0] if len(edges) > 1 else 1), *edges]
+    for layer, panel in enumerate(axes.flat):
+        if layer >= layers:
+            panel.set_visible(False)
+            continue
+        image = panel.pcolormesh(
+            edges, np.arange(experts + 1) - 0.5, load_SLE[:, layer].T * experts, cmap="RdBu_r", vmin=0, vmax=2
+        )
+        panel.set_title(f"layer {layer}", fontsize=9)
+        panel.set_yticks(range(0, experts, max(1, experts // 8)))
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("expert", fontsize=10)
+    figure.colorbar(image, ax=axes, label="load, 1 = an equal share", extend="max", shrink=0.9)
+    figure.savefig(target, dpi=110)

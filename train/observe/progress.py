@@ -1,0 +1,79 @@
+"""A header, a progress bar on a terminal, plain lines elsewhere."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from mixtral import MixtralConfig
+from train.config import Config
+
+
+def count(number: float) -> str:
+    """Writes a count for a person: 46.7 B, 12.9 M, 340."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def header(config: Config, model: MixtralConfig, max_steps: int, processes: int, device: str, folder: str) -> str:
+    """Describes a run in a few aligned lines."""
+    parameters = model.count_parameters()
+    train, data = config.train, config.data
+    rows = train.micro_batch_size * train.gradient_accumulation_steps * processes
+    lines = {
+        "model": f"Mixtral, {count(parameters.total)} parameters, {count(parameters.active)} active per token: "
+        f"{model.num_hidden_layers} layers, {model.num_local_experts} experts, top-{model.num_experts_per_tok}",
+        "data": f"{data.path}, rows of {data.sequence_length} tokens, tokenizer {data.tokenizer}",
+        "step": f"{count(rows * data.sequence_length)} tokens: {processes} processes x {train.micro_batch_size} rows x "
+        f"{train.gradient_accumulation_steps} accumulated",
+        "run": f"{max_steps} steps in {train.precision} on {processes} x {device}",
+        "folder": folder,
+    }
+    return "\n".join(f"{name:>8}  {text}" for name, text in lines.items())
+
+
+class Progress:
+    """Shows the steps of a run as they end."""
+
+    def __init__(self, max_steps: int) -> None:
+        self._max_steps = max_steps
+        self._done, self._seconds = 0, 0.0
+        self._bar = tqdm(total=max_steps, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def advance(self, seconds: float) -> None:
+        """Counts one step and the time it took."""
+        self._done, self._seconds = self._done + 1, self._seconds + seconds
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Shows the figures of a logged step."""
+        parts = []
+        if "loss" in row:
+            parts += [
+                f"loss {row['loss']:.4f}",
+                f"router {row['router_loss']:.3f}",
+                f"{row['tokens_per_second']:,.0f} tok/s",
+            ]
+        held_out = (
+            f"held-out loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:,.1f}"
+            if "eval_loss" in row
+            else ""
+        )
+        if self._bar is not None:
+            if parts:
+                self._bar.set_postfix_str(", ".join(parts))
+            if held_out:
+                self._bar.write(f"step {row['step']}: {held_out}", file=sys.stderr)
+            return
+        if self._done:
+            left = self._seconds / self._done * (self._max_steps - self._done)
+            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        print("  ".join([f"step {row['step']}/{self._max_steps}", *filter(None, [held_out]), *parts]), flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()

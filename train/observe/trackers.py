@@ -1,0 +1,99 @@
+"""Trackers: where figures go besides metrics.jsonl. None of them can change, stop or delay training for long."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.config import TrackerConfig
+from train.errors import ConfigError
+from train.folder import RunFolder
+
+UNREACHABLE_SECONDS = 4.0  # what an unreachable service may add to a run
+FLUSH_SECONDS = 60.0  # what one that was reached may take to receive the rest
+
+
+class Tracker(Protocol):
+    """Receives rows of figures."""
+
+    def log(self, row: dict[str, Any]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def open_tracker(config: TrackerConfig, folder: RunFolder) -> Tracker | None:
+    """Opens the tracker that `tracker.name` names.
+
+    Raises:
+        ConfigError: when its package is not installed.
+    """
+    if config.name == "tensorboard":
+        return TensorBoard(folder)
+    if config.name == "wandb":
+        return WandB(config, folder)
+    return None
+
+
+class TensorBoard:
+    """Event files in the run folder's `tensorboard/`."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("tracker.name=tensorboard: not installed; pip install 'cierzo[tensorboard]'") from None
+        self._folder = folder
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+
+    def finish(self) -> None:
+        from matplotlib.image import imread
+
+        for picture in sorted((self._folder.path / "plots").glob("*.png")):
+            self._writer.add_image(picture.stem, imread(picture)[..., :3], dataformats="HWC")
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases, in a process of its own that follows metrics.jsonl.
+
+    Nothing it does, be it slow, stuck or dead, reaches the training process: it is told to finish, waited
+    for, and ended if it does not. Its key comes from the environment or its own login, never from here.
+    """
+
+    def __init__(self, config: TrackerConfig, folder: RunFolder) -> None:
+        self._folder, self._offline = folder, config.mode == "offline"
+        (folder.path / "wandb").mkdir(exist_ok=True)
+        self._log_path = folder.path / "wandb" / "follower.log"
+        script = Path(__file__).with_name("wandb_follower.py")
+        with self._log_path.open("w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(script), str(folder.path), config.project, config.mode],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # a Ctrl-C at the terminal is the run's to handle
+            )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Does nothing: the follower reads metrics.jsonl."""
+
+    def finish(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        reached = (self._folder.path / "wandb" / ".reached").exists()
+        try:
+            self._process.wait(FLUSH_SECONDS if reached or self._offline else UNREACHABLE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        assert self._process.stdout is not None
+        with self._process.stdout as pipe:
+            said = "" if self._process.returncode is None else pipe.read().strip()
+        print(
+            said or f"W&B did not answer in time; its log: {self._log_path}, the figures: {self._folder.metrics_path}"
+        )

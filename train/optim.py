@@ -1,0 +1,89 @@
+"""Optimizers, their parameter groups, master weights, and the learning rate over the steps."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from train.config import OptimConfig, ScheduleConfig
+
+
+def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+    """Builds the optimizer; matrices decay, norms do not.
+
+    Args:
+        parameters: what is updated, by name.
+        config: of the optimizer.
+    """
+    matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+class MasterWeights:
+    """fp32 copies of a model's parameters, which the optimizer updates, while the model itself is bf16.
+
+    Updates smaller than half a bf16 step would be lost in bf16 weights; here they add up. Gradients are
+    accumulated in fp32 as well.
+
+    Attributes:
+        by_name: the copies, by parameter name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_name = {
+            name: parameter.detach().to(torch.float32, copy=True).requires_grad_()
+            for name, parameter in model.named_parameters()
+        }
+        model.to(torch.bfloat16)
+        self._pairs = [(parameter, self.by_name[name]) for name, parameter in model.named_parameters()]
+
+    def collect_gradients(self) -> None:
+        """Moves the model's gradients onto the copies."""
+        for parameter, master in self._pairs:
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Rounds the copies into the model."""
+        for parameter, master in self._pairs:
+            parameter.copy_(master)
+
+
+def learning_rate(step: int, max_steps: int, peak: float, config: ScheduleConfig) -> float:
+    """Gives the learning rate of a step.
+
+    Linear from 0 to the peak over `warmup_steps`, then by `config.name`; the last step has
+    `min_lr_ratio` times the peak.
+
+    Args:
+        step: counted from 1.
+        max_steps: the last step.
+        peak: the highest rate.
+        config: of the schedule.
+    """
+    if step <= config.warmup_steps:
+        return peak * step / config.warmup_steps
+    start = config.warmup_steps
+    if config.name == "warmup_stable_decay":
+        start = max(start, max_steps - round(config.decay_fraction * max_steps))
+    progress = max(0.0, (step - start) / max(1, max_steps - start))
+    shape = {
+        "constant": 1.0,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "warmup_stable_decay": 1 - progress,
+    }[config.name]
+    if config.name == "constant":
+        return peak
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

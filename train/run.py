@@ -1,0 +1,65 @@
+"""A run, from its configuration to its exit code: the table of contents of this package."""
+
+import torch
+
+from train.compose import Composed
+from train.config import Config
+from train.data.loader import open_documents, pack
+from train.data.tokenizer import open_tokenizer
+from train.errors import UserError, report
+from train.finish import finish
+from train.folder import RunFolder
+from train.loop import train
+from train.model import build_model, model_config
+from train.observe.observer import Observer
+from train.observe.progress import header
+from train.observe.trackers import open_tracker
+from train.parallel.engine import Engine
+from train.setup import choose_folder, number_of_steps, quiet_libraries, signals_as_errors
+
+
+def run(composed: Composed) -> int:
+    """Runs what was composed; returns the exit code, which `exit.json` holds as well."""
+    engine: Engine | None = None
+    folder: RunFolder | None = None
+    outcome = ("crash", 1, "the traceback is in the process's output")
+    try:
+        with signals_as_errors():
+            quiet_libraries()
+            engine = Engine(composed.config.train)
+            folder = choose_folder(engine, composed)
+            outcome = ("done", 0, run_in(engine, folder, composed.config))
+    except UserError as error:
+        outcome = (error.reason, error.code, str(error))
+        report(error)
+    finally:
+        if folder is not None:
+            folder.close(*outcome)
+    if engine is not None:
+        engine.close()
+    return outcome[1]
+
+
+def run_in(engine: Engine, folder: RunFolder | None, config: Config) -> str:
+    """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
+    training, held_out = engine.first_on_each_host(lambda: open_documents(config.data))
+    tokenizer = engine.on_main(lambda: open_tokenizer(config.data.tokenizer, config.model.vocab_size, training))
+    data = engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
+    max_steps = number_of_steps(config, data, engine.world_size)
+
+    model = build_model(model_config(config.model, tokenizer), config.run.seed)
+    engine.prepare(model, config.optim)
+    torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
+
+    tracker = open_tracker(config.tracker, folder) if folder else None
+    flops = model.config.training_flops_per_token(config.data.sequence_length)
+    observer = Observer(folder, tracker, max_steps, flops)
+    if folder:
+        print(header(config, model.config, max_steps, engine.world_size, engine.device.type, str(folder.path)))
+    try:
+        train(engine, config, data, max_steps, observer)
+        if folder:
+            finish(folder, engine, tokenizer, data, config, observer)
+    finally:
+        observer.finish()
+    return f"{max_steps} steps"

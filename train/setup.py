@@ -1,0 +1,77 @@
+"""What a run needs before its data: quiet libraries, signals as errors, a run folder, the number of steps."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import datasets
+import torch
+import transformers
+
+from train.compose import Composed
+from train.config import Config
+from train.data.loader import Data, Share
+from train.errors import InterruptedError
+from train.folder import RunFolder
+from train.parallel.engine import Engine
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to the run: no library bars off a terminal, no notes on what it found."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to guess
+    transformers.logging.set_verbosity_error()
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def signals_as_errors() -> Iterator[None]:
+    """Raises `InterruptedError` on SIGTERM and SIGINT, so that files are closed and `exit.json` is written."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise InterruptedError(f"stopped by {signal.Signals(number).name}", number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
+    """Opens the run folder on the main process and describes the run in it; None on the others.
+
+    Raises:
+        EnvironmentError: on every process, when the folder cannot be used.
+    """
+    opened: list[RunFolder] = []
+
+    def open_folder() -> None:
+        name = composed.config.run.dir or f"runs/{composed.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = RunFolder(Path(name).expanduser())
+        folder.describe(composed, engine.world_size, _device_name(engine.device))
+        opened.append(folder)
+
+    engine.on_main(open_folder)
+    return opened[0] if opened else None
+
+
+def number_of_steps(config: Config, data: Data, world_size: int) -> int:
+    """Gives `train.max_steps`, or the steps that `train.epochs` comes to, the last one filled with padding."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    assert data.rows is not None
+    share = Share(0, world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps)
+    return -(-len(data.rows) // share.rows_per_step)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
