@@ -11,10 +11,11 @@ Cierzo trains Mixtral-style sparse mixtures of experts.
 usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
        python -m train ...
        torchrun --nproc_per_node N -m train ...
+       cierzo keys    (lists every key, its default and what it may be)
 
-The recipe is applied after the defaults, the command line last. README.md lists every key.
+The recipe is applied after the defaults, the command line last.
 """
-VERBS = ("train",)
+VERBS = ("train", "keys")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown verb {verb!r}: expected {' | '.join(VERBS)}")
         if "-h" in rest or "--help" in rest:
             print(_help())
+            return 0
+        if verb == "keys":
+            from train.keys import table
+
+            print(table())
             return 0
         from train.compose import compose
 

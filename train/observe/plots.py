@@ -74,7 +74,7 @@ def draw_expert_load(rows: list[dict[str, Any]], target: Path) -> None:
         squeeze=False,
     )
     edges = [row["step"] for row in logged]
-    edges = [edges[0] - (edges[1] - edges[0] if len(edges) > 1 else 1), *edges]
+    edges = [edges[0] - 1, *edges]
     for layer, panel in enumerate(axes.flat):
         if layer >= layers:
             panel.set_visible(False)

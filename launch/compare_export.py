@@ -1,0 +1,52 @@
+"""Loads an export with transformers and with Cierzo, and compares their held-out loss document by document.
+
+usage: compare_export.py EXPORT_FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from mixtral import MixtralForCausalLM
+
+TOLERANCE = 1e-4  # of the mean loss of a document, in fp32
+
+
+@torch.no_grad()
+def loss(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, int]:
+    """Returns the summed cross-entropy of one document and its number of predicted tokens."""
+    logits = model(ids, use_cache=False).logits[0, :-1].float()
+    return cross_entropy(logits, ids[0, 1:], reduction="sum").item(), ids.shape[1] - 1
+
+
+def main() -> int:
+    """Prints both losses; returns 1 when a document's differ by more than the tolerance."""
+    folder = Path(sys.argv[1])
+    logging.disable_progress_bar()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    print(f"{type(theirs).__module__}.{type(theirs).__name__} loaded {folder}")
+    print(f"{'held-out document':<44}{'tokens':>8}{'transformers':>14}{'ours':>10}{'difference':>12}")
+    totals, worst = [0.0, 0.0, 0], 0.0
+    for row in rows:
+        ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]])
+        (their_sum, count), (our_sum, _) = loss(theirs, ids), loss(ours, ids)
+        worst = max(worst, abs(their_sum - our_sum) / count)
+        totals = [totals[0] + their_sum, totals[1] + our_sum, totals[2] + count]
+        difference = f"{abs(their_sum - our_sum) / count:.1e}"
+        print(f"{row['source'][:42]:<44}{count:>8}{their_sum / count:>14.5f}{our_sum / count:>10.5f}{difference:>12}")
+    print(f"{'all':<44}{totals[2]:>8}{totals[0] / totals[2]:>14.5f}{totals[1] / totals[2]:>10.5f}{worst:>12.1e}")
+    if worst > TOLERANCE:
+        print(f"the losses differ by more than {TOLERANCE}", file=sys.stderr)
+    return int(worst > TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
