@@ -1,6 +1,8 @@
 """Loads an export with transformers and with Cierzo, and compares their held-out loss document by document.
 
-usage: compare_export.py EXPORT_FOLDER
+Documents are read in windows, since a model is not expected to be good at lengths it was not trained on.
+
+usage: compare_export.py EXPORT_FOLDER TOKENS_PER_WINDOW
 """
 
 import json
@@ -18,15 +20,19 @@ TOLERANCE = 1e-4  # of the mean loss of a document, in fp32
 
 
 @torch.no_grad()
-def loss(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, int]:
-    """Returns the summed cross-entropy of one document and its number of predicted tokens."""
-    logits = model(ids, use_cache=False).logits[0, :-1].float()
-    return cross_entropy(logits, ids[0, 1:], reduction="sum").item(), ids.shape[1] - 1
+def loss(model: PreTrainedModel, ids: torch.Tensor, window: int) -> float:
+    """Returns the summed cross-entropy of one document, each token predicted from those before it in its window."""
+    total = 0.0
+    for start in range(0, len(ids) - 1, window):
+        logits = model(ids[None, start : start + window], use_cache=False).logits[0].float()
+        targets = ids[start + 1 : start + window + 1]
+        total += cross_entropy(logits[: len(targets)], targets, reduction="sum").item()
+    return total
 
 
 def main() -> int:
     """Prints both losses; returns 1 when a document's differ by more than the tolerance."""
-    folder = Path(sys.argv[1])
+    folder, window = Path(sys.argv[1]), int(sys.argv[2])
     logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -36,8 +42,9 @@ def main() -> int:
     print(f"{'held-out document':<44}{'tokens':>8}{'transformers':>14}{'ours':>10}{'difference':>12}")
     totals, worst = [0.0, 0.0, 0], 0.0
     for row in rows:
-        ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]])
-        (their_sum, count), (our_sum, _) = loss(theirs, ids), loss(ours, ids)
+        ids = torch.tensor([*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id])
+        count = len(ids) - 1
+        their_sum, our_sum = loss(theirs, ids, window), loss(ours, ids, window)
         worst = max(worst, abs(their_sum - our_sum) / count)
         totals = [totals[0] + their_sum, totals[1] + our_sum, totals[2] + count]
         difference = f"{abs(their_sum - our_sum) / count:.1e}"

@@ -7,5 +7,5 @@ if [ -e runs/demo ]; then # nothing is thrown away: the last demo moves aside
 fi
 export OMP_NUM_THREADS=1 # two processes on a small machine: one thread each
 torchrun --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0 -m train recipe=demo run.dir=runs/demo "$@"
-OMP_NUM_THREADS=2 python launch/compare_export.py runs/demo/export
+OMP_NUM_THREADS=2 python launch/compare_export.py runs/demo/export 256
 echo "the curve: runs/demo/plots/loss.png   the experts' load: runs/demo/plots/expert_load.png"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from train.compose import recipes
 from train.keys import table
-from train.observe import plots
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,16 +17,14 @@ def test_the_key_table_is_fresh():
 
 
 def test_every_recipe_is_in_the_table():
-    assert set(re.findall(r"^\| `(\w+)` \| .* \|$", README.split("| recipe |")[1].split("\n\n")[0], re.M)) == set(
-        recipes()
-    )
+    rows = README.split("| recipe |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == set(recipes())
 
 
 def test_every_picture_and_script_is_there():
     named = re.findall(r"\]\((launch/[^)]+)\)", README) + re.findall(r"bash (launch/\S+)", README)
     assert len(named) == 4
     assert all((ROOT / name).is_file() for name in named)
-    assert plots.draw.__doc__ is not None
 
 
 def test_the_example_recipe_composes(tmp_path):
