@@ -40,14 +40,14 @@ class NumericsError(UserError):
     reason = "numerics"
 
 
-class EnvironmentError(UserError):
+class MachineError(UserError):
     """The machine, the network or the run folder does not allow the run."""
 
     code = 6
     reason = "environment"
 
 
-class InterruptedError(UserError):
+class SignalError(UserError):
     """A signal asked the run to stop."""
 
     reason = "interrupted"

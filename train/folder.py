@@ -14,7 +14,7 @@ from typing import IO, Any
 import yaml
 
 from train.compose import Composed, to_yaml
-from train.errors import EnvironmentError
+from train.errors import MachineError
 
 PACKAGES = (
     "cierzo",
@@ -36,7 +36,7 @@ class RunFolder:
         path: of the folder; created where it is missing.
 
     Raises:
-        EnvironmentError: when it cannot be written, when a living run holds it, or when a run that trained
+        MachineError: when it cannot be written, when a living run holds it, or when a run that trained
             is in it. Nothing is written into it then.
     """
 
@@ -46,11 +46,11 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
-            raise EnvironmentError(f"run.dir={path} cannot be written: {error.strerror}") from None
+            raise MachineError(f"run.dir={path} cannot be written: {error.strerror}") from None
         self._take_lock()
         if self.metrics_path.exists() and self.metrics_path.stat().st_size:
             self._lock.close()
-            raise EnvironmentError(f"run.dir={path} holds a run already: name another folder, or move this one away")
+            raise MachineError(f"run.dir={path} holds a run already: name another folder, or move this one away")
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -65,7 +65,7 @@ class RunFolder:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "an unknown process"
             self._lock.close()
-            raise EnvironmentError(
+            raise MachineError(
                 f"run.dir={self.path} is in use by {owner}: name another folder, or stop that run"
             ) from None
 

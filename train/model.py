@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtral import MixtralConfig, MixtralForCausalLM
 from train.config import ModelConfig
-from train.errors import ConfigError, EnvironmentError
+from train.errors import ConfigError, MachineError
 
 
 def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> MixtralConfig:
@@ -26,7 +26,7 @@ def build_model(config: MixtralConfig, seed: int) -> MixtralForCausalLM:
     """Builds a model with new weights in fp32, the same for a seed on every process.
 
     Raises:
-        ConfigError, EnvironmentError: when the attention backend cannot run here.
+        ConfigError, MachineError: when the attention backend cannot run here.
     """
     if config._attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
         raise ConfigError("model.attn_implementation=flash_attention_2 needs a GPU: use sdpa")
@@ -34,4 +34,4 @@ def build_model(config: MixtralConfig, seed: int) -> MixtralForCausalLM:
     try:
         return MixtralForCausalLM(config)
     except ImportError as error:
-        raise EnvironmentError(f"model.attn_implementation={config._attn_implementation}: {error}") from None
+        raise MachineError(f"model.attn_implementation={config._attn_implementation}: {error}") from None

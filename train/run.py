@@ -22,19 +22,22 @@ def run(composed: Composed) -> int:
     """Runs what was composed; returns the exit code, which `exit.json` holds as well."""
     engine: Engine | None = None
     folder: RunFolder | None = None
-    outcome = ("crash", 1, "the traceback is in the process's output")
-    try:
-        with signals_as_errors():
+    outcome = ("done", 0, "")
+    with signals_as_errors():
+        try:
             quiet_libraries()
             engine = Engine(composed.config.train)
             folder = choose_folder(engine, composed)
             outcome = ("done", 0, run_in(engine, folder, composed.config))
-    except UserError as error:
-        outcome = (error.reason, error.code, str(error))
-        report(error)
-    finally:
-        if folder is not None:
-            folder.close(*outcome)
+        except UserError as error:
+            outcome = (error.reason, error.code, str(error))
+            report(error)
+        except Exception as error:
+            outcome = ("crash", 1, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            if folder is not None:
+                folder.close(*outcome)
     if engine is not None:
         engine.close()
     return outcome[1]

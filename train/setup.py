@@ -16,7 +16,7 @@ import transformers
 from train.compose import Composed
 from train.config import Config
 from train.data.loader import Data, Share
-from train.errors import InterruptedError
+from train.errors import SignalError
 from train.folder import RunFolder
 from train.parallel.engine import Engine
 
@@ -33,10 +33,15 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def signals_as_errors() -> Iterator[None]:
-    """Raises `InterruptedError` on SIGTERM and SIGINT, so that files are closed and `exit.json` is written."""
+    """Raises `SignalError` on the first SIGTERM or SIGINT, so that files are closed and `exit.json` is written.
+
+    Later ones are ignored until then: a launcher that was interrupted signals its processes once more.
+    """
 
     def stop(number: int, _: FrameType | None) -> None:
-        raise InterruptedError(f"stopped by {signal.Signals(number).name}", number)
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise SignalError(f"stopped by {signal.Signals(number).name}", number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -50,7 +55,7 @@ def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
     """Opens the run folder on the main process and describes the run in it; None on the others.
 
     Raises:
-        EnvironmentError: on every process, when the folder cannot be used.
+        MachineError: on every process, when the folder cannot be used.
     """
     opened: list[RunFolder] = []
 

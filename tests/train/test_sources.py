@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from tests.train.helpers import WORDS, write_corpus
 from train.config import DataConfig
 from train.data.sources import load_documents, split_documents, split_stream
-from train.errors import DataError, EnvironmentError
+from train.errors import DataError, MachineError
 
 
 def read(path, **changes):
@@ -117,9 +117,9 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
     code = (
         "from train.config import DataConfig\n"
         "from train.data.sources import load_documents\n"
-        "from train.errors import EnvironmentError\n"
+        "from train.errors import MachineError\n"
         "try: load_documents(DataConfig(path='nobody/nothing'))\n"
-        "except EnvironmentError as error: print(error)\n"
+        "except MachineError as error: print(error)\n"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
@@ -173,5 +173,5 @@ def test_a_malformed_stream_is_refused_by_file_and_line(tmp_path, name):
 
 
 def test_the_errors_tell_data_from_machine():
-    assert (DataError.code, EnvironmentError.code) == (3, 6)
+    assert (DataError.code, MachineError.code) == (3, 6)
     assert json.dumps(DataError("x").reason) == '"data"'

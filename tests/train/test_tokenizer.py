@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from train.config import DataConfig
 from train.data.sources import load_documents
 from train.data.tokenizer import document_ids, mixtral_tokenizer, open_tokenizer, train_bpe
-from train.errors import ConfigError, EnvironmentError
+from train.errors import ConfigError, MachineError
 
 AWKWARD = [
     "Hello world, Mixtral!",
@@ -95,10 +95,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
 def test_a_tokenizer_that_is_nowhere_is_named():
     code = (
         "from train.data.tokenizer import open_tokenizer\n"
-        "from train.errors import EnvironmentError\n"
+        "from train.errors import MachineError\n"
         "try: open_tokenizer('nobody/nothing', 100)\n"
-        "except EnvironmentError as error: print(error)\n"
+        "except MachineError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "data.tokenizer=nobody/nothing: no such folder, and not to be had from the hub" in done.stdout, done.stderr
-    assert EnvironmentError.code == 6
+    assert MachineError.code == 6

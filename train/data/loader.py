@@ -83,7 +83,7 @@ def open_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Datas
     """Opens the documents and divides them into those to train on and those held out.
 
     Raises:
-        DataError, EnvironmentError: see `load_documents`.
+        DataError, MachineError: see `load_documents`.
     """
     documents = load_documents(config)
     if isinstance(documents, IterableDataset):

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, loa
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from train.config import DataConfig
-from train.errors import DataError, EnvironmentError
+from train.errors import DataError, MachineError
 
 FEATURES = Features({"text": Value("large_string"), "source": Value("string")})
 SUFFIXES = (".txt", ".jsonl")
@@ -31,7 +31,7 @@ def load_documents(config: DataConfig) -> Dataset | IterableDataset:
 
     Raises:
         DataError: for text that cannot be read, naming file and line, or when there is none.
-        EnvironmentError: when a hub dataset cannot be reached.
+        MachineError: when a hub dataset cannot be reached.
     """
     path = Path(config.path).expanduser()
     if config.path == "python_stdlib":
@@ -219,7 +219,7 @@ def _open_hub(config: DataConfig) -> Dataset | IterableDataset:
     except ValueError as error:  # an unknown subset or split
         raise DataError(f"data.path={config.path}: {error}") from None
     except OSError as error:
-        raise EnvironmentError(
+        raise MachineError(
             f"data.path={config.path}: no such file or folder, and the hub cannot be reached ({error})"
         ) from None
     return _text_column(loaded, config)

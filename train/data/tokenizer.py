@@ -8,7 +8,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from train.errors import ConfigError, EnvironmentError
+from train.errors import ConfigError, MachineError
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, as in Mixtral's own vocabulary
 
@@ -26,7 +26,7 @@ def open_tokenizer(name: str, vocab_size: int, corpus: Dataset | None = None) ->
 
     Raises:
         ConfigError: when it is larger than the embedding or lacks an end token.
-        EnvironmentError: when it is neither a folder nor to be had from the hub.
+        MachineError: when it is neither a folder nor to be had from the hub.
     """
     if name == "mixtral":
         tokenizer = mixtral_tokenizer()
@@ -39,7 +39,7 @@ def open_tokenizer(name: str, vocab_size: int, corpus: Dataset | None = None) ->
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise EnvironmentError(
+            raise MachineError(
                 f"data.tokenizer={name}: no such folder, and not to be had from the hub ({reason})"
             ) from None
     if len(tokenizer) > vocab_size:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixtral import MixtralForCausalLM
 from train.config import OptimConfig, TrainConfig
 from train.data.packing import Batch
-from train.errors import EnvironmentError, NumericsError, UserError
+from train.errors import MachineError, NumericsError, UserError
 from train.optim import MasterWeights, build_optimizer
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Engine:
             self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise EnvironmentError(f"the processes cannot meet at {address}: {str(error).splitlines()[0]}") from None
+            raise MachineError(f"the processes cannot meet at {address}: {str(error).splitlines()[0]}") from None
         self.precision = config.precision
         self.model: nn.Module
         self.module: MixtralForCausalLM
