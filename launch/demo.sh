@@ -3,6 +3,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 if [ -e runs/demo ]; then # nothing is thrown away: the last demo moves aside
+  if [ -e runs/demo/.lock ] && ! flock --nonblock runs/demo/.lock true; then
+    echo "error: a demo is running in runs/demo ($(cat runs/demo/.lock))" >&2
+    exit 6
+  fi
   mv runs/demo "runs/demo-$(date +%Y%m%d-%H%M%S)"
 fi
 export OMP_NUM_THREADS=1 # two processes on a small machine: one thread each

@@ -110,7 +110,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
 
     def forward(
-        self, hidden_BSH: Tensor, rope: tuple[Tensor, Tensor], attention_mask: Any, cache: Cache | None, **kwargs: Any
+        self,
+        hidden_BSH: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (B, S, H) and, with eager attention, the probabilities."""
         query_BNSD, key_BGSD, value_BGSD = (
@@ -118,8 +123,8 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query_BNSD, key_BGSD = apply_rope(query_BNSD, key_BGSD, *rope)
-        if cache is not None:
-            key_BGSD, value_BGSD = cache.update(key_BGSD, value_BGSD, self.layer_idx)
+        if past_key_values is not None:
+            key_BGSD, value_BGSD = past_key_values.update(key_BGSD, value_BGSD, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention_op.reference)
         out_BSND, probabilities = attend(
             self,
@@ -209,11 +214,11 @@ class MixtralModel(MixtralPreTrainedModel):
         Args:
             input_ids: (B, S) token ids; exactly one of this and `inputs_embeds`.
             attention_mask: (B, S), 1 for tokens and 0 for padding.
-            position_ids: (B, S) or (1, S). Without a mask or a cache, a position that does not follow the one
+            position_ids: (B, S) or (1, S). Without a mask or a given cache, a position that does not follow the one
                 before it begins a new document, which sees none of the others in its row.
             past_key_values: a cache to extend.
             inputs_embeds: (B, S, H) in place of `input_ids`.
-            use_cache: whether to return a cache; by default not in training.
+            use_cache: whether to return a cache; by default not in training, nor for packed documents.
             output_attentions: whether to return attention probabilities; needs eager attention.
             output_hidden_states: whether to return every layer's input and the final output.
             output_router_logits: whether to return the router logits.
@@ -221,13 +226,13 @@ class MixtralModel(MixtralPreTrainedModel):
             **kwargs: passed to the attention backend, and `return_dict`: a tuple of what is set if false.
 
         Raises:
-            ValueError: for both or none of `input_ids` and `inputs_embeds`, or attentions that the
-                backend does not form.
+            ValueError: for both or none of `input_ids` and `inputs_embeds`, attentions that the backend does not
+                form, or packed documents that it cannot keep apart.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        use_cache = self._use_cache(use_cache, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         keep_hidden = self._wanted("output_hidden_states", output_hidden_states)
@@ -244,6 +249,25 @@ class MixtralModel(MixtralPreTrainedModel):
             router_logits=tuple(routing.logits_TE for routing in routings) if keep_logits else None,
             expert_indices=tuple(routing.experts_TK for routing in routings) if output_routing else None,
         )
+
+    def _use_cache(
+        self, given: bool | None, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> bool:
+        """Decides on a cache; refuses what would let packed documents see each other."""
+        wanted = (self.config.use_cache and not self.training) if given is None else given
+        if position_ids is None or attention_mask is not None or cache is not None:
+            return wanted
+        flash = self.config._attn_implementation.startswith("flash")
+        if not (wanted or (flash and len(position_ids) > 1)):
+            return wanted
+        if not (position_ids.diff(dim=-1) != 1).any():
+            return wanted
+        if given or flash:
+            raise ValueError(
+                "position_ids hold packed documents, which a cache cannot keep apart, nor flash attention in several "
+                "rows: set use_cache=False, and lay the rows into one for flash attention"
+            )
+        return False
 
     def _wanted(self, option: str, given: bool | None) -> bool:
         wanted = getattr(self.config, option) if given is None else given
@@ -286,7 +310,7 @@ class MixtralModel(MixtralPreTrainedModel):
             if keep_hidden:
                 hidden_states.append(hidden_BSH)
             hidden_BSH, routing, probabilities = layer(
-                hidden_BSH, rope=rope, attention_mask=mask, cache=cache, position_ids=position_ids, **kwargs
+                hidden_BSH, rope=rope, attention_mask=mask, past_key_values=cache, position_ids=position_ids, **kwargs
             )
             routings.append(routing)
             if keep_attentions:

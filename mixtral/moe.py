@@ -38,7 +38,8 @@ class Router(nn.Module):
     def forward(self, x_TH: Tensor) -> Routing:
         """Routes T tokens."""
         dtype = torch.promote_types(x_TH.dtype, torch.float32)
-        logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
+        with torch.autocast(x_TH.device.type, enabled=False):
+            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
         top_TK, experts_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
         return Routing(logits_TE, top_TK / top_TK.sum(dim=-1, keepdim=True), experts_TK)
 

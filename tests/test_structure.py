@@ -16,10 +16,10 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of our own that a file imports at its top level, submodules resolved."""
+    """The modules of our own that a file imports, inside functions too, submodules resolved."""
     names = set()
     known = {module_name(source) for source in SOURCES}
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

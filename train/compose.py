@@ -68,7 +68,7 @@ def compose(argv: Sequence[str]) -> Composed:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    recipe_words = [word for word in argv if word.partition("=")[0] == "recipe"]
+    recipe_words = [word for word in argv if word.partition("=")[0].lstrip("+") == "recipe"]
     words = [word for word in argv if word not in recipe_words]
     if len(recipe_words) > 1:
         raise ConfigError(f"recipe is given {len(recipe_words)} times: {' '.join(recipe_words)}")
@@ -162,7 +162,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe {path} holds no keys")
-    where = f"in recipe {path}"
+    where, may_be_empty = f"in recipe {path}", {"defaults", *SECTIONS}
+    tree = {section: values for section, values in tree.items() if values is not None or section not in may_be_empty}
     for entry in tree.get("defaults", []):
         if entry == "_self_":
             continue
@@ -178,6 +179,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     for section, values in tree.items():
         if section == "defaults":
             continue
+        if not all(isinstance(name, str) for name in (section, *(values if isinstance(values, dict) else ()))):
+            raise ConfigError(f"a key {where} is not text (YAML reads on, off, yes and no as booleans): quote it")
         if section not in SECTIONS or not isinstance(values, dict):
             _check_key(section, values if isinstance(values, dict) else {}, where)
         for leaf in values:
@@ -190,6 +193,7 @@ def _explain(error: BaseException, recipe: Path | None) -> str:
     from omegaconf.errors import MissingMandatoryValue
 
     known = {item.name: item for item in keys()}
+    where = f" (on the command line or in recipe {recipe})" if recipe else ""
     cause: BaseException | None = error
     while cause is not None:  # the key is named by whatever was raised first
         text = str(cause)
@@ -199,6 +203,6 @@ def _explain(error: BaseException, recipe: Path | None) -> str:
             if isinstance(cause, MissingMandatoryValue):
                 return f"{key.name} is needed: {key.help}"
             reason = [line.strip() for line in text[: found.start()].splitlines() if line.strip()][-1]
-            return f"{key.name}: {reason}; expected {key.allowed}"
+            return f"{key.name}: {reason}; expected {key.allowed}{where}"
         cause = cause.__cause__
-    return " ".join(str(error).split()) + (f" (recipe {recipe})" if recipe else "")
+    return " ".join(str(error).split()) + where

@@ -5,6 +5,7 @@ Nothing here imports torch, so that a mistake is refused in seconds.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -22,9 +23,10 @@ def key(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """Declares one key: its default, its documentation and the values it may take."""
-    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum, "below": below}
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -33,7 +35,9 @@ class RunConfig:
     """Where a run writes, and what makes it repeatable."""
 
     dir: str | None = key(None, "run folder; by default runs/RECIPE-TIME")
-    seed: int = key(0, "seed of the weights, the order of the data and every random choice", minimum=0)
+    seed: int = key(
+        0, "seed of the weights, the order of the data and every random choice", minimum=0, maximum=2**32 - 1
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,11 +57,13 @@ class ModelConfig:
     initializer_range: float = key(0.02, "standard deviation of the initial weights", above=0)
     tie_word_embeddings: bool = key(False, "whether the head shares the embedding's matrix")
     sliding_window: int | None = key(None, "keys each query sees, itself included; by default all before it", minimum=1)
-    attention_dropout: float = key(0.0, "dropout of the attention probabilities", minimum=0, maximum=1)
+    attention_dropout: float = key(0.0, "dropout of the attention probabilities", minimum=0, below=1)
     num_local_experts: int = key(8, "experts per layer", minimum=1)
     num_experts_per_tok: int = key(2, "experts each token is routed to", minimum=1)
     router_aux_loss_coef: float = key(0.001, "weight of the load-balancing loss", minimum=0)
-    router_jitter_noise: float = key(0.0, "width of the uniform noise on the router's input", minimum=0, maximum=1)
+    router_jitter_noise: float = key(
+        0.0, "uniform noise on what enters router and experts, in training", minimum=0, below=1
+    )
     attn_implementation: str = key("sdpa", "attention backend", choices=("sdpa", "eager", "flash_attention_2"))
 
 
@@ -80,7 +86,7 @@ class DataConfig:
     sequence_length: int = key(4096, "tokens per row", minimum=2)
     held_out_fraction: float = key(0.01, "share of the documents kept for evaluation", above=0, maximum=0.5)
     held_out_documents: int = key(
-        64, "with streaming, documents kept for evaluation, the first that the share selects", minimum=1
+        256, "bound on the documents kept for evaluation; with streaming, the first that the share selects", minimum=1
     )
     streaming: bool = key(
         False, "whether documents are read as they are needed; each process reads them all and keeps its rows"
@@ -118,8 +124,8 @@ class OptimConfig:
 
     name: str = key("adamw", "adamw, or plain sgd", choices=("adamw", "sgd"))
     lr: float = key(3e-4, "peak learning rate", above=0)
-    beta1: float = key(0.9, "decay of the first moment", minimum=0, maximum=1)
-    beta2: float = key(0.95, "decay of the second moment", minimum=0, maximum=1)
+    beta1: float = key(0.9, "decay of the first moment", minimum=0, below=1)
+    beta2: float = key(0.95, "decay of the second moment", minimum=0, below=1)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = key(0.1, "decay of matrices; norms have none", minimum=0)
     max_grad_norm: float | None = key(1.0, "gradients are scaled down to this global norm; null never does", above=0)
@@ -130,7 +136,7 @@ class ScheduleConfig:
     """The learning rate over the steps."""
 
     name: str = key("cosine", "shape after warm-up", choices=("cosine", "linear", "constant", "warmup_stable_decay"))
-    warmup_steps: int = key(0, "steps of linear warm-up", minimum=0)
+    warmup_steps: int = key(0, "steps of linear warm-up; a run no longer than that never reaches the peak", minimum=0)
     decay_fraction: float = key(
         0.2, "share of the steps over which warmup_stable_decay decays, at the end", above=0, maximum=1
     )
@@ -188,6 +194,7 @@ class Key:
     minimum: float | None
     above: float | None
     maximum: float | None
+    below: float | None
 
     @property
     def allowed(self) -> str:
@@ -195,7 +202,7 @@ class Key:
         if self.choices:
             return " | ".join(self.choices)
         parts = [_type_name(self.type)]
-        bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum))
+        bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum), ("<", self.below))
         parts += [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
         return " ".join(parts)
 
@@ -212,7 +219,8 @@ class Key:
             or (self.minimum is not None and value < self.minimum)
             or (self.above is not None and value <= self.above)
             or (self.maximum is not None and value > self.maximum)
-            or (isinstance(value, float) and value != value)
+            or (self.below is not None and value >= self.below)
+            or (isinstance(value, float) and not math.isfinite(value))
         )
         if outside:
             hint = nearest(value, self.choices) if isinstance(value, str) else ""

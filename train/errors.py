@@ -1,10 +1,11 @@
 """Errors that are the user's to mend: one message, one exit code."""
 
+import contextlib
 import os
 import sys
 import time
 
-LINGER_SECONDS = 8.0
+LINGER_SECONDS = 12.0
 
 
 class UserError(Exception):
@@ -47,17 +48,21 @@ class MachineError(UserError):
     reason = "environment"
 
 
-class SignalError(UserError):
+class StopSignal(BaseException):
     """A signal asked the run to stop."""
 
     reason = "interrupted"
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, signal_number)
+        self.message = message
         self.code = 128 + signal_number
 
+    def __str__(self) -> str:
+        return self.message
 
-def report(error: UserError) -> None:
+
+def report(error: UserError | StopSignal) -> None:
     """Says an error once: the main process prints it, the others give it time to.
 
     A launcher ends all processes as soon as one has failed. Were another the first, the main process would
@@ -66,4 +71,5 @@ def report(error: UserError) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
-        time.sleep(LINGER_SECONDS)
+        with contextlib.suppress(StopSignal):  # which is how the launcher ends it
+            time.sleep(LINGER_SECONDS)

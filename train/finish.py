@@ -23,6 +23,7 @@ def finish(
     observer: Observer,
 ) -> None:
     """Writes `summary.json` and `export/`, then prints a sample; the main process's part alone."""
+    observer.end_of_training()
     model = engine.module
     summary = summarise(observer)
     folder.write_json("summary.json", summary)

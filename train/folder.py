@@ -36,14 +36,17 @@ class RunFolder:
         path: of the folder; created where it is missing.
 
     Raises:
-        MachineError: when it cannot be written, when a living run holds it, or when a run that trained
-            is in it. Nothing is written into it then.
+        MachineError: when it cannot be written, when a living run holds it, when a run that trained is in it,
+            or files that are no run's. Nothing is changed in it then.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            is_ours = (path / ".lock").exists()
+            if not is_ours and any(path.iterdir()):
+                raise MachineError(f"run.dir={path} holds files that are no run's: name a new or an empty folder")
             self._lock = (path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise MachineError(f"run.dir={path} cannot be written: {error.strerror}") from None

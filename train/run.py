@@ -6,7 +6,7 @@ from train.compose import Composed
 from train.config import Config
 from train.data.loader import open_documents, pack
 from train.data.tokenizer import open_tokenizer
-from train.errors import UserError, report
+from train.errors import StopSignal, UserError, report
 from train.finish import finish
 from train.folder import RunFolder
 from train.loop import train
@@ -22,14 +22,14 @@ def run(composed: Composed) -> int:
     """Runs what was composed; returns the exit code, which `exit.json` holds as well."""
     engine: Engine | None = None
     folder: RunFolder | None = None
-    outcome = ("done", 0, "")
+    outcome = ("crash", 1, "ended without an error of its own")
     with signals_as_errors():
         try:
             quiet_libraries()
             engine = Engine(composed.config.train)
             folder = choose_folder(engine, composed)
             outcome = ("done", 0, run_in(engine, folder, composed.config))
-        except UserError as error:
+        except (UserError, StopSignal) as error:
             outcome = (error.reason, error.code, str(error))
             report(error)
         except Exception as error:
@@ -39,7 +39,7 @@ def run(composed: Composed) -> int:
             if folder is not None:
                 folder.close(*outcome)
     if engine is not None:
-        engine.close()
+        engine.close(wait=outcome[1] == 0)
     return outcome[1]
 
 
@@ -47,6 +47,8 @@ def run_in(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
     training, held_out = engine.first_on_each_host(lambda: open_documents(config.data))
     tokenizer = engine.on_main(lambda: open_tokenizer(config.data.tokenizer, config.model.vocab_size, training))
+    if folder:
+        tokenizer.save_pretrained(folder.path / "tokenizer")
     data = engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
     max_steps = number_of_steps(config, data, engine.world_size)
 
@@ -54,15 +56,11 @@ def run_in(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     engine.prepare(model, config.optim)
     torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
 
-    tracker = open_tracker(config.tracker, folder) if folder else None
-    flops = model.config.training_flops_per_token(config.data.sequence_length)
-    observer = Observer(folder, tracker, max_steps, flops)
     if folder:
         print(header(config, model.config, max_steps, engine.world_size, engine.device.type, str(folder.path)))
-    try:
+    tracker = open_tracker(config.tracker, folder) if folder else None
+    with Observer(folder, tracker, max_steps, model.config, config) as observer:
         train(engine, config, data, max_steps, observer)
         if folder:
             finish(folder, engine, tokenizer, data, config, observer)
-    finally:
-        observer.finish()
     return f"{max_steps} steps"

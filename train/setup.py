@@ -16,9 +16,11 @@ import transformers
 from train.compose import Composed
 from train.config import Config
 from train.data.loader import Data, Share
-from train.errors import SignalError
+from train.errors import StopSignal
 from train.folder import RunFolder
 from train.parallel.engine import Engine
+
+PATIENCE_SECONDS = 10.0
 
 
 def quiet_libraries() -> None:
@@ -33,16 +35,19 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def signals_as_errors() -> Iterator[None]:
-    """Raises `SignalError` on the first SIGTERM or SIGINT, so that files are closed and `exit.json` is written.
+    """Raises `StopSignal` on the first SIGTERM or SIGINT, so that files are closed and `exit.json` is written.
 
-    Later ones are ignored until then: a launcher that was interrupted signals its processes once more.
+    Others are ignored for a few seconds then: a launcher that was interrupted signals its processes once more.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise SignalError(f"stopped by {signal.Signals(number).name}", number)
+        now = time.monotonic()
+        if stopped and now - stopped[0] < PATIENCE_SECONDS:
+            return
+        stopped.append(now)
+        raise StopSignal(f"stopped by {signal.Signals(number).name}", number)
 
+    stopped: list[float] = []
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -61,7 +66,8 @@ def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
 
     def open_folder() -> None:
         name = composed.config.run.dir or f"runs/{composed.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = RunFolder(Path(name).expanduser())
+        folder = RunFolder(Path(name).expanduser().absolute())
+        composed.config.run.dir = str(folder.path)
         folder.describe(composed, engine.world_size, _device_name(engine.device))
         opened.append(folder)
 

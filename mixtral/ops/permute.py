@@ -28,9 +28,10 @@ def combine_rows(rows_RH: Tensor, order_R: Tensor, weights_TK: Tensor) -> Tensor
         weights_TK: routing weights.
 
     Returns:
-        (T, H), of the dtype of `rows_RH`; equal from run to run, since nothing is added atomically.
+        (T, H), of the dtype of `rows_RH`, weighted and summed in that of the weights if it is wider; equal from run
+        to run, since nothing is added atomically.
     """
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
     rows_TKH = rows_RH[place_R].unflatten(0, weights_TK.shape)
-    return (rows_TKH * weights_TK.unsqueeze(-1).to(rows_RH.dtype)).sum(dim=1)
+    return (rows_TKH * weights_TK.unsqueeze(-1)).sum(dim=1).to(rows_RH.dtype)

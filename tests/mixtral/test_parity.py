@@ -71,12 +71,16 @@ def test_outputs_losses_and_gradients_equal_transformers(make_pair, model, input
 
 def test_embeddings_in_place_of_ids_equal_transformers(make_pair):
     theirs, ours = make_pair()
-    embeds = torch.randn(2, 24, 32)
-    labels = ids()
-    expected = theirs(inputs_embeds=embeds, labels=labels)
-    got = ours(inputs_embeds=embeds, labels=labels)
+    arguments = {"inputs_embeds": torch.randn(2, 24, 32), "labels": ids(), "output_router_logits": True}
+    expected, got = theirs(**arguments), ours(**arguments)
     assert (got.logits - expected.logits).abs().max() <= 1e-5
     assert abs(got.loss - expected.loss) <= 1e-6
+    assert abs(got.aux_loss - expected.aux_loss) <= 1e-6
+    expected.loss.backward()
+    got.loss.backward()
+    for model in (theirs, ours):
+        model.model.embed_tokens.weight.grad = torch.zeros(128, 32)  # unused, so None in both
+    gradients_agree(theirs, ours)
 
 
 def test_hidden_states_and_attentions_equal_transformers(make_pair):
@@ -170,6 +174,25 @@ def test_ids_and_embeddings_together_are_refused(make_model):
         make_model()(input_ids=ids(), inputs_embeds=torch.zeros(2, 24, 32))
 
 
+def test_packed_documents_are_kept_apart_whatever_the_cache_setting(make_model):
+    model = make_model().eval()
+    packed = torch.cat([torch.arange(9), torch.arange(15)]).unsqueeze(0)
+    input_ids = ids(rows=1)
+    alone = model(input_ids=input_ids[:, 9:]).logits
+    assert (model(input_ids=input_ids, position_ids=packed).logits[:, 9:] - alone).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(input_ids=input_ids, position_ids=packed, use_cache=True)
+
+
+def test_no_token_is_dropped_on_its_way_through_the_experts(make_model):
+    model = make_model()
+    rows = []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_hook(lambda _, inputs, out: rows.append((len(inputs[0]), len(out))))
+    model(input_ids=ids())
+    assert rows == [(2 * 24 * 2, 2 * 24 * 2)] * 3
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_model):
     model = make_model(torch.float64).train()
     input_ids = ids()
@@ -184,10 +207,13 @@ def test_gradient_checkpointing_changes_no_gradient(make_model):
 
 @pytest.mark.gpu
 def test_flash_attention_isolates_packed_documents_like_sdpa(make_model):
-    position_ids = torch.cat([torch.arange(9), torch.arange(15)]).unsqueeze(0).cuda()
-    input_ids = ids(rows=1).cuda()
+    position_ids = torch.cat([torch.arange(9), torch.arange(15)]).expand(2, -1).cuda()
+    input_ids = ids().cuda()
     model = make_model(torch.bfloat16, head_dim=32).cuda()
-    expected = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    expected = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.flatten(0, 1)
     model.set_attn_implementation("flash_attention_2")
-    got = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    with pytest.raises(ValueError, match="lay the rows into one"):
+        model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    one_row = {"input_ids": input_ids.reshape(1, -1), "position_ids": position_ids.reshape(1, -1)}
+    got = model(**one_row, use_cache=False).logits[0]
     assert (got - expected).abs().max() <= 3e-2 * expected.abs().max()

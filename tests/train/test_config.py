@@ -56,7 +56,9 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_groups(tm
     recipe.write_text("defaults:\n  - override /optim: sgd\noptim:\n  lr: 0.5\ntrain:\n  max_steps: 7\n")
     config = compose([f"recipe={recipe}", "train.max_steps=9"]).config
     assert (config.optim.name, config.optim.lr, config.train.max_steps) == ("sgd", 0.5, 9)
-    assert compose([f"recipe={recipe}", "optim=adamw"]).config.optim.name == "adamw"
+    assert compose([f"+recipe={recipe}", "optim=adamw"]).config.optim.name == "adamw"
+    recipe.write_text("defaults:\ntrain:\n  max_steps: 7\n")
+    assert compose([f"recipe={recipe}"]).config.train.max_steps == 7
 
 
 def test_a_recipe_by_relative_path_composes_from_any_folder(tmp_path, monkeypatch):
@@ -81,6 +83,9 @@ MISTAKES = {
     "max_steps=3": "max_steps .*did you mean train.max_steps",
     "optim.lr=abc": "optim.lr.*abc.*expected float > 0",
     "optim.lr=nan": "optim.lr=nan",
+    "optim.lr=inf": "optim.lr=inf: expected float > 0",
+    "optim.beta1=1": "optim.beta1=1.0: expected float >= 0 < 1",
+    "run.seed=99999999999": "run.seed=99999999999",
     "optim.lr=0": "optim.lr=0.0: expected float > 0",
     "optim.lr=1,2": "optim.lr=1,2.*sweep",
     "train.max_steps=2.5": "train.max_steps.*expected int or null >= 1",
@@ -126,6 +131,8 @@ RECIPE_MISTAKES = {
     "defaults:\n  - override /modle: tiny\n": "override /modle.* in recipe .*mine.yaml",
     "defaults:\n  - override /model: tniy\n": "model=tniy in recipe .*did you mean tiny",
     "defaults:\n  - model: tiny\n": "expected `override /GROUP`",
+    "on: 3\n": "not text .YAML reads on",
+    "train:\n  1: 3\n": "not text .YAML reads on",
     "a: [": "mine.yaml cannot be read",
     "- a\n": "mine.yaml holds no keys",
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from mixtral.losses import load_balancing_loss
+from mixtral.losses import load_balancing_loss, pooled_load_balancing_loss, router_statistics
 from mixtral.ops.cross_entropy import IGNORE_INDEX
 from train.data.packing import PackedRows, stack
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
@@ -23,7 +23,7 @@ def step_rows():
     lengths = [5, 9, 14, 3, 21, 2, 8]
     ids = iter(torch.randint(0, 128, (sum(lengths),)).tolist())
     documents = [[next(ids) for _ in range(length)] for length in lengths]
-    dataset = Dataset.from_dict({"input_ids": documents, "length": lengths})
+    dataset = Dataset.from_dict({"input_ids": documents})
     rows = PackedRows(dataset, 8, epochs=1)
     batch = stack([rows[index] for index in range(ROWS)])
     batch.shifted_labels[1, 2:6] = IGNORE_INDEX
@@ -129,6 +129,36 @@ def test_the_huggingface_scope_is_the_published_loss(make_model, step_rows):
         input_ids=batch.input_ids, position_ids=batch.position_ids, output_router_logits=True, use_cache=False
     ).aux_loss
     assert part.router_objective.item() == pytest.approx(published.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("scope", ["global_batch", "huggingface"])
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 2), (1, 4), (2, 2)])
+def test_the_router_objective_has_its_scale_however_the_step_is_split(
+    make_model, step_rows, world, accumulation, scope
+):
+    """By hand: per micro-batch over all processes and weighted by tokens, or the mean of the published losses."""
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=1.0, router_z_loss=0.0, scope=scope)
+    total, _, gradients = step(model, step_rows, world, accumulation, coefficients)
+    model.zero_grad()
+    parts = accumulation if scope == "global_batch" else accumulation * world
+    expected = 0.0
+    for start in range(0, ROWS, ROWS // parts):
+        part = rows_of(step_rows, range(start, start + ROWS // parts))
+        output = predict(model, part, step_rows.token_mask.sum(), routing=True)
+        statistics = router_statistics(output.router_logits, output.expert_indices, part.token_mask)
+        tokens = part.token_mask.sum()
+        if scope == "global_batch":
+            share = tokens.double() / step_rows.token_mask.sum()
+            expected = expected + share * load_balancing_loss(statistics.counts_LE, statistics.probability_LE, tokens)
+        else:
+            expected = expected + pooled_load_balancing_loss(statistics, tokens) / parts
+    assert total.router_objective.item() == pytest.approx(expected.item(), rel=1e-10)
+    gates = {name: gate for name, gate in model.named_parameters() if name.endswith("gate.weight")}
+    by_hand = torch.autograd.grad(expected, list(gates.values()))
+    without = step(model, step_rows, world, accumulation, Coefficients(0.0, 0.0, scope))[2]
+    for name, gradient in zip(gates, by_hand, strict=True):
+        assert (gradients[name] - without[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("scope", ["global_batch", "huggingface"])

@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.loader import Data, Prefetch, Share, _steps_of_stream
-from train.data.packing import PackedRows, make_row, pack_stream, stack
+from train.data.packing import PackedRows, TokenTable, make_row, pack_stream, stack
 from train.errors import DataError
 
 lengths_and_row = st.tuples(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(2, 17))
@@ -20,7 +20,7 @@ def documents_of(lengths):
     """Documents of distinct ids, so that every token can be recognised."""
     ids = itertools.count()
     documents = [[next(ids) for _ in range(length)] for length in lengths]
-    return documents, Dataset.from_dict({"input_ids": documents, "length": list(lengths)})
+    return documents, Dataset.from_dict({"input_ids": documents})
 
 
 @settings(max_examples=60, deadline=None)
@@ -154,6 +154,20 @@ def test_a_packed_row_equals_its_documents_alone(make_model, implementation, win
     assert torch.allclose(packed.logits[0, :16], torch.cat([output.logits[0] for output in alone]), rtol=1e-10)
     for name, parameter in model.named_parameters():
         assert torch.allclose(gradients[name], parameter.grad, rtol=1e-9, atol=1e-14), name
+
+
+@pytest.mark.parametrize("form", ["as it is", "selected", "in chunks"])
+def test_a_token_table_reads_any_part_of_any_document(form):
+    documents, dataset = documents_of([4, 7, 2, 9, 5])
+    if form == "selected":
+        dataset, documents = dataset.select([3, 0, 4]), [documents[index] for index in (3, 0, 4)]
+    if form == "in chunks":
+        dataset = concatenate_datasets([dataset.select([0, 1]), dataset.select([2, 3, 4])])
+    table = TokenTable(dataset)
+    assert table.lengths.tolist() == [len(document) for document in documents]
+    for index, document in enumerate(documents):
+        for start, stop in [(0, 99), (1, 3), (len(document) - 1, len(document) + 1)]:
+            assert table.read(index, start, stop).tolist() == document[start:stop]
 
 
 def test_flattened_rows_equal_the_rows(make_model):

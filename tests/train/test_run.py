@@ -15,6 +15,9 @@ import yaml
 from mixtral import MixtralForCausalLM
 from tests.train.helpers import PYTHON, SMALL, kill_group, launch, metrics, read_json, run_small, write_corpus
 from train.compose import compose
+from train.config import OptimConfig, TrainConfig
+from train.errors import NumericsError
+from train.parallel.engine import Engine
 
 FIGURES = {
     "step", "tokens", "loss", "router_loss", "router_objective", "router_z_loss", "grad_norm", "lr",
@@ -38,7 +41,15 @@ def finished(corpus, tmp_path_factory):
 
 def test_the_run_folder_holds_the_contracts_files(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names >= {"config.yaml", "overrides.yaml", "environment.json", "metrics.jsonl", "summary.json", "exit.json"}
+    assert names >= {
+        "tokenizer",
+        "config.yaml",
+        "overrides.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "exit.json",
+    }
     assert {path.name for path in (finished / "plots").iterdir()} == {"loss.png", "expert_load.png"}
     assert read_json(finished / "exit.json") == {"reason": "done", "code": 0, "message": "4 steps"}
     assert "data.path=" in (finished / "overrides.yaml").read_text()
@@ -149,11 +160,39 @@ def test_an_epoch_ends_where_the_data_does(corpus, tmp_path):
     assert tokens[-1] < tokens[-2] + 7 * 32  # the last step is filled with padding, which is not counted
 
 
-def test_an_exploding_run_ends_with_five_and_changes_no_weight(corpus, tmp_path):
-    words = ["optim=sgd", "optim.lr=1e30", f"data.path={corpus}"]
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_exploding_run_ends_with_five_and_exports_nothing(corpus, tmp_path, steps):
+    """The gradient tells of it at the next step, and after the last one the evaluation does."""
+    words = [
+        "optim=sgd",
+        "optim.lr=1e30",
+        f"data.path={corpus}",
+        f"train.max_steps={steps}",
+        "evaluate.sample_tokens=0",
+    ]
     assert run_small(tmp_path, *words) == 5
     assert read_json(tmp_path / "exit.json")["reason"] == "numerics"
     assert not (tmp_path / "export").exists()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_no_weight(make_model, bad):
+    engine = Engine(TrainConfig(precision="fp32"))
+    engine.prepare(make_model(), OptimConfig())
+    before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    for parameter in engine.module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    engine.module.lm_head.weight.grad[3, 3] = bad
+    with pytest.raises(NumericsError, match="the gradient norm is"):
+        engine.step(lr=0.1)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in engine.module.named_parameters())
+
+
+def test_accelerate_settings_in_the_environment_change_no_gradient(finished, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert run_small(tmp_path, f"data.path={corpus}") == 0
+    assert metrics(tmp_path)[1]["grad_norm"] == metrics(finished)[1]["grad_norm"]
 
 
 REFUSED = {
@@ -201,6 +240,13 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(finished, corpus, capsys):
     assert run_small(finished, f"data.path={corpus}") == 6
     assert "holds a run already" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_files_of_another_kind_is_left_as_it_is(corpus, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("mine")
+    assert run_small(tmp_path, f"data.path={corpus}") == 6
+    assert "holds files that are no run's" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 @pytest.fixture

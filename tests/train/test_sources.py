@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -91,6 +92,9 @@ MALFORMED = {
         b'{"text": "a"}\n{"body": "b"}\n',
         r"missing.jsonl:2: no field 'text'; it has body; set data.text_field",
     ),
+    "surrogate.jsonl": (b'{"text": "a \\ud800 b"}\n', r"surrogate.jsonl:1: .* lone surrogate"),
+    "digits.jsonl": (b'{"text": ' + b"9" * 5000 + b"}\n", r"digits.jsonl:1: not readable JSON"),
+    "rows.json": (b'[{"text": "a"}]', r"rows.json: expected a .txt or .jsonl file"),
     "number.jsonl": (b'{"text": 3}\n', r"number.jsonl:1: field 'text' holds int, not text"),
 }
 
@@ -121,36 +125,42 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
         "try: load_documents(DataConfig(path='nobody/nothing'))\n"
         "except MachineError as error: print(error)\n"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
-    assert "data.path=nobody/nothing: no such file or folder, and the hub cannot be reached" in done.stdout, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for settings in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": dead}):
+        environment = os.environ | {"HF_HOME": str(tmp_path)} | settings
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, env=environment)
+        assert "data.path=nobody/nothing: no such file or folder, and the hub" in done.stdout, done.stderr
+        assert "cannot be reached" in done.stdout
 
 
 def test_the_split_depends_on_the_texts_alone(tmp_path):
     documents = load_documents(DataConfig(path=str(write_corpus(tmp_path / "a.jsonl"))))
-    training, held_out = split_documents(documents, 0.1)
+    training, held_out = split_documents(documents, 0.1, 99)
     assert (len(training), len(held_out)) == (54, 6)
     shuffled = documents.shuffle(seed=3)
-    again = split_documents(shuffled, 0.1)[1]
+    again = split_documents(shuffled, 0.1, 99)[1]
     assert set(again["text"]) == set(held_out["text"])
     assert not set(training["text"]) & set(held_out["text"])
+    assert len(split_documents(documents, 0.1, 2)[1]) == 2
 
 
 def test_equal_texts_stay_on_one_side():
     documents = Dataset.from_list([{"text": WORDS[i % 5], "source": ""} for i in range(20)])
-    training, held_out = split_documents(documents, 0.1)
+    training, held_out = split_documents(documents, 0.1, 99)
     assert not set(training["text"]) & set(held_out["text"])
     assert len(held_out) == 4
     with pytest.raises(DataError, match="same text"):
-        split_documents(Dataset.from_list([{"text": "x", "source": ""}] * 3), 0.1)
+        split_documents(Dataset.from_list([{"text": "x", "source": ""}] * 3), 0.1, 99)
 
 
 def test_of_a_single_document_the_end_is_held_out():
     one = Dataset.from_list([{"text": "abcdefghij", "source": "book.txt"}])
-    training, held_out = split_documents(one, 0.2)
+    training, held_out = split_documents(one, 0.2, 99)
     assert (training["text"][0], held_out["text"][0]) == ("abcdefgh", "ij")
     with pytest.raises(DataError, match="book.txt: too short"):
-        split_documents(Dataset.from_list([{"text": "a", "source": "book.txt"}]), 0.2)
+        split_documents(Dataset.from_list([{"text": "a", "source": "book.txt"}]), 0.2, 99)
 
 
 def test_a_stream_is_split_without_overlap(tmp_path):
@@ -170,6 +180,10 @@ def test_a_malformed_stream_is_refused_by_file_and_line(tmp_path, name):
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=message):
         split_stream(load_documents(DataConfig(path=str(path), streaming=True)), 0.5, count=5)
+
+
+def test_suffixes_are_known_in_capitals_too(tmp_path):
+    assert read(write(tmp_path / "A.JSONL", '{"text": "row"}\n'))[0]["text"] == "row"
 
 
 def test_the_errors_tell_data_from_machine():

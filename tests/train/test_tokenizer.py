@@ -7,7 +7,9 @@ import sys
 import pytest
 from datasets import Dataset
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from train.config import DataConfig
 from train.data.sources import load_documents
@@ -44,10 +46,10 @@ def test_mixtral_ids_equal_sentencepiece_on_code_prose_and_scripts(mixtral, corp
     model = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
     pieces = SentencePieceProcessor(model_proto=model.read_bytes())
     chunks = [text[start : start + 500] for text in corpus["text"] for start in range(0, len(text), 500)]
-    texts = [text for text in [*AWKWARD, *chunks] if "<s>" not in text and "\x00" not in text]
+    texts = [*AWKWARD, *chunks]
     assert len(texts) > 300
-    for text, ids in zip(texts, mixtral(texts, add_special_tokens=False)["input_ids"], strict=True):
-        assert ids == pieces.encode(text), text
+    for text, ids in zip(texts, document_ids(mixtral, texts), strict=True):
+        assert ids == [1, *pieces.encode(text), 2], text
 
 
 def test_mixtral_ids_are_the_published_ones(mixtral):
@@ -71,9 +73,10 @@ def test_a_trained_tokenizer_gives_every_text_back(corpus):
     tokenizer = train_bpe(corpus, 400)
     assert len(tokenizer) == 400
     for text in [*AWKWARD, corpus["text"][0]]:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if "<s>" not in text:
-            assert tokenizer.decode(ids) == text
+        begin, *ids, end = document_ids(tokenizer, [text])[0]
+        assert (begin, end) == (1, 2)
+        assert not {0, 1, 2} & set(ids)  # marks in a text are text
+        assert tokenizer.decode(ids) == text
 
 
 def test_documents_begin_and_end_with_their_marks(mixtral):
@@ -85,9 +88,13 @@ def test_training_twice_gives_the_same_tokenizer(corpus):
     assert first == second
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused():
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="data.tokenizer=mixtral has 32000 tokens.*model.vocab_size=32000 or more"):
         open_tokenizer("mixtral", 4096)
+    gaps = Tokenizer(WordLevel({"<unk>": 0, "a": 500}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=gaps, eos_token="<unk>").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has 501 tokens"):
+        open_tokenizer(str(tmp_path), 10)
     with pytest.raises(ConfigError, match="model.vocab_size=200.*needs 259"):
         open_tokenizer("train_bpe", 200, Dataset.from_dict({"text": ["a"]}))
 

@@ -1,13 +1,15 @@
 """The data of a run: which rows each process takes at each step, prepared ahead of it."""
 
 import hashlib
+import inspect
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from train.config import Config, DataConfig
@@ -88,7 +90,7 @@ def open_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Datas
     documents = load_documents(config)
     if isinstance(documents, IterableDataset):
         return split_stream(documents, config.held_out_fraction, config.held_out_documents)
-    return split_documents(documents, config.held_out_fraction)
+    return split_documents(documents, config.held_out_fraction, config.held_out_documents)
 
 
 def pack(
@@ -116,23 +118,23 @@ def pack(
 
 
 def _tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Maps `text` to `input_ids` and `length`, cached by the documents' and the tokenizer's content."""
+    """Maps `text` to `input_ids`, cached by the content of the documents, the tokenizer and the code."""
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-        ids = document_ids(tokenizer, batch["text"])
-        return {"input_ids": ids, "length": [len(document) for document in ids]}
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": document_ids(tokenizer, batch["text"])}
 
-    described = [documents._fingerprint, str(tokenizer.bos_token_id), str(tokenizer.eos_token_id)]
+    code = Path(inspect.getfile(document_ids)).read_text(encoding="utf-8")
+    described = [code, documents._fingerprint, str(tokenizer.bos_token_id), str(tokenizer.eos_token_id)]
     described.append(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer))
-    tokens = documents.map(
+    return documents.map(
         encode,
         batched=True,
         batch_size=256,
         remove_columns=documents.column_names,
+        features=Features({"input_ids": List(Value("int32"))}),
         new_fingerprint=hashlib.blake2b("\0".join(described).encode(), digest_size=8).hexdigest(),
         desc="tokenizing",
     )
-    return tokens.cast_column("length", Value("int64"))
 
 
 def _stream_ids(
@@ -210,6 +212,6 @@ class Prefetch(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread; one that is stuck in a read is left behind, and dies with the process."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(timeout=1.0)

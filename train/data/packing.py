@@ -66,11 +66,34 @@ def make_row(pieces: list[Piece], sequence_length: int) -> Row:
     return ids, positions, labels, mask
 
 
+class TokenTable:
+    """The ids of tokenized documents, read where they lie: a part of a long one costs no more than of a short one.
+
+    Args:
+        documents: a dataset with an `input_ids` column, memory-mapped or not.
+    """
+
+    def __init__(self, documents: Dataset) -> None:
+        if documents._indices is not None:
+            documents = documents.flatten_indices()
+        chunks = documents.data.column("input_ids").chunks
+        self._values = [chunk.values.to_numpy() for chunk in chunks]
+        self._offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in chunks]
+        self._first = np.cumsum([0] + [len(chunk) for chunk in chunks])
+        self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Returns ids `start` to `stop` of a document, fewer where it ends before."""
+        chunk = int(np.searchsorted(self._first, document, side="right")) - 1
+        begin, end = self._offsets[chunk][document - self._first[chunk] :][:2]
+        return self._values[chunk][begin + start : min(begin + stop, end)]
+
+
 class PackedRows:
     """Rows of documents that are at hand: any row of any epoch, by arithmetic alone.
 
     Args:
-        documents: a dataset with the columns `input_ids` and `length`, no document empty.
+        documents: a dataset with an `input_ids` column, no document empty.
         sequence_length: S.
         seed: of the order of documents and rows.
         shuffle: whether each epoch has its own order; otherwise documents and rows keep theirs.
@@ -86,13 +109,13 @@ class PackedRows:
         shuffle: bool = False,
         epochs: float | None = None,
     ) -> None:
-        self.documents = documents.with_format("numpy", columns=["input_ids"])
+        self.documents = TokenTable(documents)
         self.sequence_length = sequence_length
         self.seed, self.shuffle = seed, shuffle
-        self.lengths = np.asarray(documents["length"], dtype=np.int64)
+        self.lengths = self.documents.lengths
         self.tokens_per_epoch = int(self.lengths.sum())
         self.rows_per_epoch = -(-self.tokens_per_epoch // sequence_length)
-        self._end = None if epochs is None else round(epochs * self.rows_per_epoch)
+        self._end = None if epochs is None else max(1, round(epochs * self.rows_per_epoch))
         self._order = lru_cache(maxsize=2)(self._order_of)
 
     def __len__(self) -> int:
@@ -110,10 +133,10 @@ class PackedRows:
         place = int(np.searchsorted(starts, at, side="right")) - 1
         pieces: list[Piece] = []
         while at < stop:
-            ids = self.documents[int(documents[place])]["input_ids"]
-            begin = at - int(starts[place])
-            take = min(len(ids) - begin, stop - at)
-            pieces.append((ids[begin : begin + take], ids[begin + 1 : begin + take + 1]))
+            document, begin = int(documents[place]), at - int(starts[place])
+            take = min(int(self.lengths[document]) - begin, stop - at)
+            ids = self.documents.read(document, begin, begin + take + 1)
+            pieces.append((ids[:take], ids[1:]))
             at, place = at + take, place + 1
         return make_row(pieces, self.sequence_length)
 

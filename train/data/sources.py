@@ -6,6 +6,7 @@ A document is a text file, a row of a JSONL file or of a dataset, or a source fi
 import hashlib
 import json
 import pydoc_data.topics
+import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, loa
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from train.config import DataConfig
+from train.data.hub import require_hub
 from train.errors import DataError, MachineError
 
 FEATURES = Features({"text": Value("large_string"), "source": Value("string")})
@@ -54,7 +56,7 @@ def load_documents(config: DataConfig) -> Dataset | IterableDataset:
     return documents
 
 
-def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+def split_documents(documents: Dataset, fraction: float, most: int) -> tuple[Dataset, Dataset]:
     """Divides documents into those to train on and those held out.
 
     The held-out ones are those whose text has the lowest hash: a choice that depends on nothing else, and
@@ -63,6 +65,7 @@ def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Datas
     Args:
         documents: all of them.
         fraction: share of the documents to hold out; at least one is.
+        most: bound on their number.
 
     Returns:
         The training documents and the held-out ones.
@@ -73,7 +76,7 @@ def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Datas
     if len(documents) == 1:
         return _split_text(documents[0], fraction)
     hashes = np.asarray([_hash(text) for text in documents["text"]], dtype=np.uint64)
-    count = max(1, round(fraction * len(hashes)))
+    count = min(max(1, round(fraction * len(hashes))), most)
     held_out = hashes <= np.partition(hashes, count - 1)[count - 1]
     if held_out.all():
         raise DataError("data.path: every document has the same text, so none can be held out")
@@ -103,7 +106,7 @@ def _has_text(text: str) -> bool:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _split_text(row: dict[str, Any], fraction: float) -> tuple[Dataset, Dataset]:
@@ -121,7 +124,7 @@ def _generate(read: Any, arguments: dict[str, Any], streaming: bool) -> Dataset 
         return IterableDataset.from_generator(read, features=FEATURES, gen_kwargs=arguments)
     if next(read(**arguments), None) is None:  # which `datasets` cannot store
         return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
-    recipe = json.dumps([Path(__file__).read_text(encoding="utf-8"), read.__name__, arguments])
+    recipe = json.dumps([Path(__file__).read_text(encoding="utf-8"), sys.version, read.__name__, arguments])
     fingerprint = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()  # cached until files or reader change
     try:
         return Dataset.from_generator(read, features=FEATURES, gen_kwargs=arguments, fingerprint=fingerprint)
@@ -134,8 +137,10 @@ def _generate(read: Any, arguments: dict[str, Any], streaming: bool) -> Dataset 
 def _find_files(path: Path) -> list[Path]:
     """Lists a file, or the .txt and .jsonl files below a folder in sorted order."""
     if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"data.path={path}: expected a .txt or .jsonl file")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise DataError(f"data.path={path}: no .txt or .jsonl file in this folder")
     return files
@@ -144,7 +149,7 @@ def _find_files(path: Path) -> list[Path]:
 def _read_files(files: list[str], text_field: str, stamps: list[str]) -> Iterator[dict[str, str]]:
     """Yields the documents of files; `stamps`, their sizes and times, tell `datasets` when to read anew."""
     for file in files:
-        if file.endswith(".jsonl"):
+        if file.lower().endswith(".jsonl"):
             yield from _read_jsonl(Path(file), text_field)
         else:
             raw = Path(file).read_bytes()
@@ -162,6 +167,8 @@ def _read_jsonl(file: Path, text_field: str) -> Iterator[dict[str, str]]:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: not readable JSON ({error})") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected an object with a field {text_field!r}, found {type(row).__name__}")
             if text_field not in row:
@@ -170,6 +177,8 @@ def _read_jsonl(file: Path, text_field: str) -> Iterator[dict[str, str]]:
                 )
             if not isinstance(row[text_field], str):
                 raise DataError(f"{where}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
+            if not row[text_field].isascii() and any("\ud800" <= letter <= "\udfff" for letter in row[text_field]):
+                raise DataError(f"{where}: field {text_field!r} holds half a character (a lone surrogate escape)")
             yield {"text": row[text_field], "source": where}
 
 
@@ -210,6 +219,7 @@ def _open_saved(path: Path, config: DataConfig) -> Dataset | IterableDataset:
 
 
 def _open_hub(config: DataConfig) -> Dataset | IterableDataset:
+    require_hub(f"data.path={config.path}")
     try:
         loaded = load_dataset(config.path, config.subset, split=config.split, streaming=config.streaming)
     except DatasetNotFoundError as error:

@@ -2,12 +2,14 @@
 
 import importlib.resources
 from collections.abc import Iterator
+from pathlib import Path
 
 from datasets import Dataset
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from train.data.hub import require_hub
 from train.errors import ConfigError, MachineError
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, as in Mixtral's own vocabulary
@@ -35,6 +37,8 @@ def open_tokenizer(name: str, vocab_size: int, corpus: Dataset | None = None) ->
             raise ValueError("train_bpe needs a corpus")
         tokenizer = train_bpe(corpus, vocab_size)
     else:
+        if not Path(name).is_dir():
+            require_hub(f"data.tokenizer={name}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -42,10 +46,11 @@ def open_tokenizer(name: str, vocab_size: int, corpus: Dataset | None = None) ->
             raise MachineError(
                 f"data.tokenizer={name}: no such folder, and not to be had from the hub ({reason})"
             ) from None
-    if len(tokenizer) > vocab_size:
+    rows = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    if rows > vocab_size:
         raise ConfigError(
-            f"data.tokenizer={name} has {len(tokenizer)} tokens, but the embedding only {vocab_size}: "
-            f"set model.vocab_size={len(tokenizer)} or more"
+            f"data.tokenizer={name} has {rows} tokens, but the embedding only {vocab_size}: "
+            f"set model.vocab_size={rows} or more"
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"data.tokenizer={name} has no end token, which marks the border between documents")
@@ -53,10 +58,13 @@ def open_tokenizer(name: str, vocab_size: int, corpus: Dataset | None = None) ->
 
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Turns texts into ids, each between the begin token, if there is one, and the end token."""
+    """Turns texts into ids, each between the begin token, if there is one, and the end token.
+
+    A "</s>" in a text is text: it becomes the ids of its characters, not the end token.
+    """
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [[*begin, *ids, tokenizer.eos_token_id] for ids in encoded]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    return [[*begin, *ids, tokenizer.eos_token_id] for ids in tokenizer(texts, **options, verbose=False)["input_ids"]]
 
 
 def train_bpe(corpus: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:

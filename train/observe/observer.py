@@ -2,10 +2,12 @@
 
 import json
 import resource
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from mixtral import MixtralConfig
+from train.config import Config
 from train.folder import RunFolder
 from train.observe.hardware import peak_flops
 from train.observe.plots import draw
@@ -21,12 +23,16 @@ class Observer:
         folder: the run folder; None on the processes that write nothing.
         tracker: where figures also go.
         max_steps: for the progress bar.
-        flops_per_token: floating-point operations of training on one token.
+        model: for the floating-point operations of a token.
+        config: of the run.
     """
 
-    def __init__(self, folder: RunFolder | None, tracker: Tracker | None, max_steps: int, flops_per_token: int) -> None:
+    def __init__(
+        self, folder: RunFolder | None, tracker: Tracker | None, max_steps: int, model: MixtralConfig, config: Config
+    ) -> None:
         self._folder, self._tracker = folder, tracker
-        self._flops_per_token = flops_per_token
+        self._flops_per_token = model.training_flops_per_token(config.data.sequence_length)
+        self._in_bf16 = config.train.precision == "bf16"
         self._metrics = folder.open_metrics() if folder else None
         self._progress = Progress(max_steps) if folder else None
         self._tokens = self._new_tokens = 0
@@ -60,7 +66,7 @@ class Observer:
             "peak_memory_bytes": int(worst[0]),
         }
         peak = peak_flops(engine.device)
-        if peak is not None:
+        if peak is not None and self._in_bf16:
             figures["mfu"] = rate * self._flops_per_token / (engine.world_size * peak)
         self._new_tokens, self._seconds, self._waited = 0, 0.0, 0.0
         return figures
@@ -72,18 +78,25 @@ class Observer:
         if "eval_loss" in row:
             self.evaluations.append(row["eval_loss"])
         if self._metrics and self._progress:
-            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
             self._progress.show(row)
             if "eval_loss" in row and self._folder:
                 draw(self._folder)
         if self._tracker:
             self._tracker.log(row)
 
-    def finish(self) -> None:
-        """Closes files, bar and tracker."""
+    def end_of_training(self) -> None:
+        """Leaves the terminal to what is printed next."""
         if self._progress:
             self._progress.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes files, bar and tracker; after an error the tracker is not waited for long."""
+        self.end_of_training()
         if self._metrics:
             self._metrics.close()
         if self._tracker:
-            self._tracker.finish()
+            self._tracker.finish(failed=kind is not None)

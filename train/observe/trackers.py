@@ -1,5 +1,7 @@
 """Trackers: where figures go besides metrics.jsonl. None of them can change, stop or delay training for long."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,8 @@ from train.config import TrackerConfig
 from train.errors import ConfigError
 from train.folder import RunFolder
 
-UNREACHABLE_SECONDS = 4.0  # what an unreachable service may add to a run
-FLUSH_SECONDS = 60.0  # what one that was reached may take to receive the rest
+IMPATIENT_SECONDS = 4.0  # what an unreachable service, or any after an error, may add to a run
+FLUSH_SECONDS = 30.0  # what one that was reached may take to receive the rest
 
 
 class Tracker(Protocol):
@@ -18,7 +20,7 @@ class Tracker(Protocol):
 
     def log(self, row: dict[str, Any]) -> None: ...
 
-    def finish(self) -> None: ...
+    def finish(self, *, failed: bool) -> None: ...
 
 
 def open_tracker(config: TrackerConfig, folder: RunFolder) -> Tracker | None:
@@ -50,7 +52,7 @@ class TensorBoard:
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(name, value, row["step"])
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool) -> None:
         from matplotlib.image import imread
 
         for picture in sorted((self._folder.path / "plots").glob("*.png")):
@@ -68,6 +70,8 @@ class WandB:
     def __init__(self, config: TrackerConfig, folder: RunFolder) -> None:
         self._folder, self._offline = folder, config.mode == "offline"
         (folder.path / "wandb").mkdir(exist_ok=True)
+        self._reached = folder.path / "wandb" / ".reached"
+        self._reached.unlink(missing_ok=True)
         self._log_path = folder.path / "wandb" / "follower.log"
         script = Path(__file__).with_name("wandb_follower.py")
         with self._log_path.open("w", encoding="utf-8") as log:
@@ -83,17 +87,20 @@ class WandB:
     def log(self, row: dict[str, Any]) -> None:
         """Does nothing: the follower reads metrics.jsonl."""
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        reached = (self._folder.path / "wandb" / ".reached").exists()
+        patient = not failed and (self._offline or self._reached.exists())
+        answered = True
         try:
-            self._process.wait(FLUSH_SECONDS if reached or self._offline else UNREACHABLE_SECONDS)
+            self._process.wait(FLUSH_SECONDS if patient else IMPATIENT_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            answered = False
+            os.killpg(self._process.pid, signal.SIGKILL)  # and the service that W&B started
+            self._process.wait()
         assert self._process.stdout is not None
         with self._process.stdout as pipe:
-            said = "" if self._process.returncode is None else pipe.read().strip()
+            said = pipe.read().strip() if answered else ""
         print(
             said or f"W&B did not answer in time; its log: {self._log_path}, the figures: {self._folder.metrics_path}"
         )

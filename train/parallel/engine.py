@@ -1,6 +1,7 @@
 """The processes of a run: one device each, the model replicated, gradients averaged, through accelerate."""
 
 import contextlib
+import datetime
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,16 +9,24 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 
 from mixtral import MixtralForCausalLM
 from train.config import OptimConfig, TrainConfig
 from train.data.packing import Batch
-from train.errors import MachineError, NumericsError, UserError
+from train.errors import ConfigError, MachineError, NumericsError, UserError
 from train.optim import MasterWeights, build_optimizer
 
 T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # one process may tokenize a corpus while the others wait
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Engine:
@@ -32,13 +41,21 @@ class Engine:
     def __init__(self, config: TrainConfig) -> None:
         cpu = not torch.cuda.is_available()
         handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-        if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # or accelerate takes every process for the only one
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # on a CPU accelerate needs to be told of gloo
+            handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else None, timeout=COLLECTIVE_TIMEOUT))
+        accumulation = GradientAccumulationPlugin(num_steps=1)  # the loop's own; or an environment variable rescales
         try:
-            self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
+            self.accelerator = Accelerator(
+                cpu=cpu, mixed_precision="no", kwargs_handlers=handlers, gradient_accumulation_plugin=accumulation
+            )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise MachineError(f"the processes cannot meet at {address}: {str(error).splitlines()[0]}") from None
+        if self.accelerator.distributed_type not in SUPPORTED:
+            raise ConfigError(
+                f"accelerate was told to use {self.accelerator.distributed_type.value} (its configuration file, or an "
+                "ACCELERATE_USE_ variable); processes here are plainly data-parallel: unset it"
+            )
         self.precision = config.precision
         self.model: nn.Module
         self.module: MixtralForCausalLM
@@ -87,10 +104,10 @@ class Engine:
 
         Args:
             loss: this process's part of a loss that is the sum of all processes' parts.
-            last: whether the optimizer step follows; before it, fp32 gradients stay local.
+            last: whether the optimizer step follows; until then gradients stay local.
         """
-        wait = not last and self._masters is None
-        with self.accelerator.no_sync(self.model) if wait else contextlib.nullcontext():
+        local = not last or self._masters is not None  # the masters' gradients are averaged in fp32, by `step`
+        with self.accelerator.no_sync(self.model) if local else contextlib.nullcontext():
             self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
         if self._masters is not None:
             self._masters.collect_gradients()
@@ -108,6 +125,10 @@ class Engine:
             NumericsError: when the norm is not finite, on every process; nothing is updated then.
         """
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self._masters is not None and self.world_size > 1:
+            for pending in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                pending.wait()
+            torch._foreach_div_(gradients, self.world_size)
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise NumericsError(
@@ -179,8 +200,10 @@ class Engine:
             attempt(not self.accelerator.is_local_main_process)
         return result[0]
 
-    def close(self) -> None:
-        """Leaves the process group."""
+    def close(self, *, wait: bool) -> None:
+        """Leaves the process group; with `wait`, once all others do, since the main one may still be writing."""
+        if wait:
+            self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
