@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from mixtral.configuration import MixtralConfig
@@ -28,6 +29,21 @@ class CausalLMOutput(MoeCausalLMOutputWithPast):
         hidden_states, attentions, router_logits, expert_indices: as in `mixtral.modeling.ModelOutput`.
     """
 
+    expert_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """What the sequence classifier returns.
+
+    Attributes:
+        loss: the published loss of the configuration's `problem_type`, where labels are given.
+        logits: (B, num_labels).
+        past_key_values: the cache, when one is used.
+        hidden_states, attentions, router_logits, expert_indices: as in `mixtral.modeling.ModelOutput`.
+    """
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
     expert_indices: tuple[torch.Tensor, ...] | None = None
 
 
@@ -128,6 +144,99 @@ class MixtralForCausalLM(MixtralPreTrainedModel, GenerationMixin):
         statistics = router_statistics(output.router_logits, output.expert_indices, attention_mask)
         tokens = len(output.router_logits[0]) if attention_mask is None else attention_mask.sum()
         return pooled_load_balancing_loss(statistics, tokens)
+
+
+class MixtralForSequenceClassification(MixtralPreTrainedModel):
+    """The decoder with a linear layer on the last token of each row.
+
+    That is the last one that is no padding, wherever the padding is; the last position where the
+    configuration has no `pad_token_id`, or where `inputs_embeds` hide which tokens are padding.
+
+    `forward` takes what `MixtralModel.forward` takes, and besides:
+        labels: (B,) class indices, or real numbers with one label; (B, num_labels) of 0 and 1 for
+            `problem_type="multi_label_classification"`, real numbers for `"regression"`.
+    """
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MixtralModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Runs the decoder and scores each row.
+
+        Raises:
+            ValueError: for an unknown `problem_type`, or labels that do not fit it.
+        """
+        output: ModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_routing=output_routing,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_BSH = output.last_hidden_state
+        assert hidden_BSH is not None
+        rows = torch.arange(len(hidden_BSH), device=hidden_BSH.device)
+        logits = self.score(hidden_BSH[rows, self._last_token(input_ids)])
+        return SequenceClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            router_logits=output.router_logits,
+            expert_indices=output.expert_indices,
+        )
+
+    def _last_token(self, input_ids: Tensor | None) -> Tensor | int:
+        if input_ids is None or self.config.pad_token_id is None:
+            return -1
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return (positions * (input_ids != self.config.pad_token_id)).argmax(dim=-1)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The published losses: squared error, cross-entropy, or binary cross-entropy per label."""
+        problem = self.config.problem_type
+        if problem is None:
+            whole = labels.dtype in (torch.long, torch.int)
+            problem = "single_label_classification" if whole else "multi_label_classification"
+            problem = "regression" if self.num_labels == 1 else problem
+        if problem == "regression":
+            if labels.numel() != logits.numel():
+                raise ValueError(
+                    f"labels of shape {tuple(labels.shape)} do not fit {self.num_labels} real numbers a row"
+                )
+            return F.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
+        if problem == "single_label_classification":
+            return F.cross_entropy(logits, labels.view(-1))
+        if problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        raise ValueError(
+            f"problem_type={problem!r}: expected regression, single_label_classification or multi_label_classification"
+        )
 
 
 def _one_target(labels: Tensor | None, shifted: Tensor | None, logits_to_keep: int | Tensor) -> Tensor | None:
