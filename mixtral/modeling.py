@@ -21,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 
+from mixtral import attention as windowed
 from mixtral.configuration import MixtralConfig
 from mixtral.moe import Experts, Router, Routing, SparseMoeBlock
 from mixtral.ops import attention as attention_op
@@ -28,6 +29,7 @@ from mixtral.ops.rope import apply_rope
 from mixtral.weights import names
 
 names.register()
+windowed.register()
 
 
 @dataclass
@@ -187,6 +189,7 @@ class MixtralModel(MixtralPreTrainedModel):
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__(config)
+        windowed.check(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -294,14 +297,17 @@ class MixtralModel(MixtralPreTrainedModel):
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device).unsqueeze(0) + seen
-        make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-        mask = make_mask(
-            config=config,
-            inputs_embeds=hidden_BSH,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
-        )
+        if config._attn_implementation == windowed.NAME and cache is None:
+            mask = windowed.documents(hidden_BSH, attention_mask, position_ids)
+        else:
+            make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+            mask = make_mask(
+                config=config,
+                inputs_embeds=hidden_BSH,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
         rope = self.rotary_emb(hidden_BSH, position_ids)
         hidden_states: list[Tensor] = []
         attentions: list[Tensor | None] = []

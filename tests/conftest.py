@@ -55,7 +55,7 @@ def make_pair():
         implementation = changes.pop("attn_implementation", "sdpa")
         sizes = SIZES | changes
         theirs = transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(**sizes, attn_implementation=implementation, pad_token_id=None)
+            transformers.MixtralConfig(**sizes, attn_implementation=implementation.replace("windowed", "sdpa"))
         )
         skew_router(theirs)
         ours = MixtralForCausalLM(MixtralConfig(**sizes, attn_implementation=implementation))

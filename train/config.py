@@ -30,6 +30,9 @@ def key(
     return field(default=default, metadata={"help": help, **limits})
 
 
+ATTENTION = ("sdpa", "eager", "windowed", "flash_attention_2")
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """Where a run writes, and what makes it repeatable."""
@@ -64,7 +67,9 @@ class ModelConfig:
     router_jitter_noise: float = key(
         0.0, "uniform noise on what enters router and experts, in training", minimum=0, below=1
     )
-    attn_implementation: str = key("sdpa", "attention backend", choices=("sdpa", "eager", "flash_attention_2"))
+    attn_implementation: str = key(
+        "sdpa", "attention backend", choices=("sdpa", "eager", "windowed", "flash_attention_2")
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -289,6 +294,10 @@ def _check_model(model: ModelConfig) -> None:
         head_dim % 2 != 0,
         f"a head of {head_dim} dimensions cannot be rotated: model.head_dim, or model.hidden_size / "
         "model.num_attention_heads, must be even",
+    )
+    _refuse(
+        model.attn_implementation == "windowed" and (model.sliding_window is None or model.attention_dropout > 0),
+        "model.attn_implementation=windowed needs a model.sliding_window, and model.attention_dropout=0",
     )
 
 

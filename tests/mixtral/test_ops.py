@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from mixtral.ops import attention, cross_entropy, experts
+from mixtral.ops import attention, cross_entropy, experts, windowed
 from mixtral.ops.permute import combine_rows, sort_rows
 from mixtral.ops.rope import apply_rope
 
@@ -95,6 +95,30 @@ def test_rope_depends_on_distance_alone():
 
     assert score(7, 3) == pytest.approx(score(104, 100), rel=1e-10)
     assert score(7, 3) != pytest.approx(score(7, 4), rel=1e-3)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("length", "window"), [(10, 3), (12, 4), (5, 9), (7, 1), (4, 4)])
+def test_windowed_attention_equals_its_reference_with_gradients(length, window, packed):
+    query, key, value = leaf(2, 4, length, 8), leaf(2, 2, length, 8), leaf(2, 2, length, 8)
+    documents = torch.zeros(2, length, dtype=torch.long)
+    if packed:
+        documents[0, length // 2 :], documents[1, -2:], documents[1, 0] = 1, -1, -1  # two documents; padding
+    outputs = [
+        windowed.windowed_attention(query, key, value, documents if packed else None, window),
+        windowed.reference(query, key, value, documents, window),
+    ]
+    assert torch.allclose(*outputs, rtol=1e-12, atol=1e-14)
+    upstream = torch.randn_like(outputs[0])
+    gradients = [torch.autograd.grad(output, (query, key, value), upstream) for output in outputs]
+    for mine, other in zip(*gradients, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-13)
+
+
+def test_a_query_sees_exactly_the_keys_of_its_window():
+    seen = windowed.visible(torch.zeros(1, 9, dtype=torch.long), 4)[0]
+    assert seen.sum(-1).tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4]
+    assert seen[6].nonzero().flatten().tolist() == [3, 4, 5, 6]
 
 
 def test_attention_reference_equals_torch():

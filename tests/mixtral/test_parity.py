@@ -42,6 +42,8 @@ MODELS = {
     "eager": {"attn_implementation": "eager"},
     "window shorter than the rows": {"sliding_window": 5},
     "window longer than the rows": {"sliding_window": 60},
+    "windowed": {"attn_implementation": "windowed", "sliding_window": 5},
+    "windowed, longer than the rows": {"attn_implementation": "windowed", "sliding_window": 60},
     "one key/value head": {"num_key_value_heads": 1},
     "a head_dim of its own": {"head_dim": 12},
     "tied embeddings": {"tie_word_embeddings": True},
@@ -55,9 +57,11 @@ def test_outputs_losses_and_gradients_equal_transformers(make_pair, model, input
     theirs, ours = make_pair(**MODELS[model])
     input_ids = ids()
     arguments = {"input_ids": input_ids, "labels": input_ids, "use_cache": False, **INPUTS[inputs]()}
+    visible = arguments.get("attention_mask", torch.ones(2, 24)).bool()  # what padding attends to is not defined
+    if "windowed" in model:  # and differs here from sdpa's
+        arguments["labels"] = input_ids.where(visible & visible.roll(1, dims=1), -100)
     expected = theirs(**arguments, output_router_logits=True)
     got = ours(**arguments, output_router_logits=True)
-    visible = arguments.get("attention_mask", torch.ones(2, 24)).bool()  # what padding attends to is not defined
     assert (got.logits - expected.logits)[visible].abs().max() <= 1e-5
     assert abs(got.loss - expected.loss) <= 1e-6
     assert abs(got.aux_loss - expected.aux_loss) <= 1e-6
@@ -102,8 +106,11 @@ def test_loss_with_num_items_in_batch_equals_transformers(make_pair):
     assert abs(ours(**arguments).loss - theirs(**arguments).loss) <= 1e-6
 
 
-def test_greedy_generation_equals_transformers(make_pair):
-    theirs, ours = make_pair()
+@pytest.mark.parametrize(
+    "model", [{}, {"sliding_window": 9}, {"attn_implementation": "windowed", "sliding_window": 9}], ids=str
+)
+def test_greedy_generation_equals_transformers(make_pair, model):
+    theirs, ours = make_pair(**model)
     arguments = {
         "input_ids": ids(),
         "attention_mask": left_padding(),
@@ -167,6 +174,15 @@ def test_return_dict_false_gives_a_tuple(make_model):
 def test_attentions_without_eager_are_refused(make_model):
     with pytest.raises(ValueError, match="output_attentions needs attn_implementation='eager'"):
         make_model()(input_ids=ids(), output_attentions=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({}, "needs a sliding_window"), ({"sliding_window": 4, "attention_dropout": 0.1}, "no attention_dropout")],
+)
+def test_the_windowed_backend_refuses_what_it_cannot_do(make_model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(attn_implementation="windowed", **changes)
 
 
 def test_ids_and_embeddings_together_are_refused(make_model):

@@ -110,6 +110,7 @@ MISTAKES = {
     "train.epochs=1": "train.max_steps and train.epochs are both given",
     "train.max_steps=null": "train.max_steps and train.epochs are both null",
     "data.streaming=true": "data.tokenizer=train_bpe reads the whole corpus",
+    "model.attn_implementation=windowed": "windowed needs a model.sliding_window",
     "model.attn_implementation=flash_attention_2": "flash_attention_2 needs half precision",
 }
 

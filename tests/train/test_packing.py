@@ -137,9 +137,10 @@ def test_evaluation_sees_each_row_once_in_equally_many_batches(world):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "windowed"])
 def test_a_packed_row_equals_its_documents_alone(make_model, implementation, window):
     """Logits and gradients, in fp64: nothing is seen or predicted across a border."""
+    window = window or (99 if implementation == "windowed" else None)
     model = make_model(torch.float64, attn_implementation=implementation, sliding_window=window)
     parts = [torch.randint(0, 128, (length,)) for length in (5, 9, 2)]
     row = stack([make_row([(part.numpy(), part[1:].numpy()) for part in parts], 20)])
