@@ -1,10 +1,9 @@
 """Loads an export with transformers and with Cierzo, and compares their held-out loss document by document.
 
 Documents are read in windows, since a model is not expected to be good at lengths it was not trained on.
-
-usage: compare_export.py EXPORT_FOLDER TOKENS_PER_WINDOW
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -32,7 +31,13 @@ def loss(model: PreTrainedModel, ids: torch.Tensor, window: int) -> float:
 
 def main() -> int:
     """Prints both losses; returns 1 when a document's differ by more than the tolerance."""
-    folder, window = Path(sys.argv[1]), int(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="the export/ of a run")
+    parser.add_argument("window", type=int, help="tokens per window: the run's data.sequence_length")
+    arguments = parser.parse_args()
+    folder, window = arguments.folder, arguments.window
+    if not (folder / "held_out.jsonl").is_file():
+        parser.error(f"{folder} is no export of a run: it has no held_out.jsonl")
     logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -107,17 +107,27 @@ def _check_words(words: Sequence[str]) -> list[str]:
         if word.startswith("~"):
             raise ConfigError(f"{word!r}: keys cannot be removed; set a value instead")
         word = word.lstrip("+")
+        word = _quoted(word)
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException as error:
-            raise ConfigError(
-                f"{word!r} cannot be read ({str(error).splitlines()[0]}); quote it: 'KEY=\"VALUE\"'"
-            ) from None
+            raise ConfigError(f"{word!r} cannot be read ({str(error).splitlines()[0]})") from None
         if override.is_sweep_override():
-            raise ConfigError(f"{word!r} is a sweep of values; one run takes one: quote a value that holds a comma")
+            raise ConfigError(f"{word!r} is a sweep of values; one run takes one")
         _check_key(override.key_or_group, override.value(), "on the command line")
         checked.append(word)
     return checked
+
+
+def _quoted(word: str) -> str:
+    """Quotes the value of a key that holds text, so that no character of it means anything to Hydra."""
+    name, _, value = word.partition("=")
+    is_text = any(item.name == name and item.type in (str, str | None) and not item.choices for item in keys())
+    plain = re.fullmatch(r"[\w./-]*", value) or (value[:1] in "'\"" and value[:1] == value[-1:])
+    if not is_text or (plain and value):
+        return word
+    escaped = re.sub(r'(\\+)(?="|$)', r"\1\1", value).replace('"', '\\"')
+    return f'{name}="{escaped}"'
 
 
 def _check_key(name: str, value: Any, where: str) -> None:
@@ -181,6 +191,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
             continue
         if not all(isinstance(name, str) for name in (section, *(values if isinstance(values, dict) else ()))):
             raise ConfigError(f"a key {where} is not text (YAML reads on, off, yes and no as booleans): quote it")
+        if section in groups() and isinstance(values, str):
+            raise ConfigError(f"{section} {where} is a group: write `defaults:` with `- override /{section}: {values}`")
         if section not in SECTIONS or not isinstance(values, dict):
             _check_key(section, values if isinstance(values, dict) else {}, where)
         for leaf in values:

@@ -209,7 +209,7 @@ class Key:
         parts = [_type_name(self.type)]
         bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum), ("<", self.below))
         parts += [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
-        return " ".join(parts)
+        return " and ".join([" ".join(parts[:2]), *parts[2:]])
 
     def check(self, value: Any) -> None:
         """Refuses a value outside the choices or bounds.
@@ -249,9 +249,8 @@ def keys() -> Iterator[Key]:
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Returns "; did you mean X?" for the candidate most like a word, or nothing."""
     candidates = list(candidates)
-    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
-    if not match:  # the right key under the wrong section
-        match = [name for name in candidates if name.rpartition(".")[2] == word.rpartition(".")[2]][:1]
+    match = [name for name in candidates if name.rpartition(".")[2] == word.rpartition(".")[2]]  # in another section
+    match = match[:1] or difflib.get_close_matches(word, candidates, n=1, cutoff=0.65)
     return f"; did you mean {match[0]}?" if match else ""
 
 
@@ -306,6 +305,11 @@ def _check_run(config: Config) -> None:
     _refuse(
         data.sequence_length > model.max_position_embeddings,
         f"data.sequence_length={data.sequence_length} is more than "
+        f"model.max_position_embeddings={model.max_position_embeddings}",
+    )
+    _refuse(
+        config.evaluate.sample_tokens >= model.max_position_embeddings,
+        f"evaluate.sample_tokens={config.evaluate.sample_tokens} is not less than "
         f"model.max_position_embeddings={model.max_position_embeddings}",
     )
     _refuse(

@@ -63,13 +63,13 @@ class StopSignal(BaseException):
 
 
 def report(error: UserError | StopSignal) -> None:
-    """Says an error once: the main process prints it, the others give it time to.
+    """Says an error once: the main process prints it, the others give it time to, but for a signal, which all get.
 
     A launcher ends all processes as soon as one has failed. Were another the first, the main process would
     be ended before its message and its `exit.json`.
     """
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
+    elif isinstance(error, UserError):
         with contextlib.suppress(StopSignal):  # which is how the launcher ends it
             time.sleep(LINGER_SECONDS)

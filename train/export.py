@@ -87,4 +87,6 @@ def export(
         folder=target.name,
     )
     (partial / "README.md").write_text(card, encoding="utf-8")
+    for path in partial.iterdir():
+        path.chmod(0o644)  # safetensors makes its own for the owner alone
     partial.rename(target)

@@ -51,7 +51,7 @@ def summarise(observer: Observer) -> dict[str, Any]:
 
 @torch.no_grad()
 def sample(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int) -> str:
-    """Writes `tokens` tokens after a prompt, drawn from the 50 likeliest at each step, the same for a seed."""
+    """Writes `tokens` tokens after a prompt, drawn from the 20 likeliest at each step, the same for a seed."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
@@ -64,7 +64,8 @@ def sample(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt
             attention_mask=torch.ones_like(prompt_ids),
             max_new_tokens=tokens,
             do_sample=True,
-            top_k=50,
+            top_k=20,
+            temperature=0.7,
             pad_token_id=tokenizer.eos_token_id,
         )
     return tokenizer.decode(written[0], skip_special_tokens=True)

@@ -1,17 +1,22 @@
 """`python -m train.keys`: every key of the configuration, as the README's table."""
 
+import dataclasses
 import json
 import sys
 
+from train.compose import compose
 from train.config import keys
 
 
 def table() -> str:
-    """Writes the keys as a Markdown table: name, default, allowed values, documentation."""
+    """Writes the keys as a Markdown table: name, default with the default groups, allowed values, documentation."""
+    defaults = dataclasses.asdict(compose(["train.max_steps=1"]).config)
+    defaults["train"]["max_steps"] = None
     lines = ["| key | default | allowed | what it is |", "|---|---|---|---|"]
     for item in keys():
-        default = item.default if item.default and isinstance(item.default, str) else json.dumps(item.default)
-        default = "needed" if default == "???" else default
+        section, name = item.name.split(".")
+        value = defaults[section][name]
+        default = value if value and isinstance(value, str) else json.dumps(value)
         allowed = item.allowed.replace("|", r"\|")
         lines.append(f"| `{item.name}` | `{default}` | {allowed} | {item.help} |")
     return "\n".join(lines)

@@ -57,7 +57,9 @@ def run_in(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
 
     if folder:
-        print(header(config, model.config, max_steps, engine.world_size, engine.device.type, str(folder.path)))
+        print(
+            header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type, str(folder.path))
+        )
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer:
         train(engine, config, data, max_steps, observer)

@@ -35,7 +35,7 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def signals_as_errors() -> Iterator[None]:
-    """Raises `StopSignal` on the first SIGTERM or SIGINT, so that files are closed and `exit.json` is written.
+    """Raises `StopSignal` on the first SIGTERM, SIGINT or SIGHUP, so that files are closed and `exit.json` is written.
 
     Others are ignored for a few seconds then: a launcher that was interrupted signals its processes once more.
     """
@@ -48,7 +48,7 @@ def signals_as_errors() -> Iterator[None]:
         raise StopSignal(f"stopped by {signal.Signals(number).name}", number)
 
     stopped: list[float] = []
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -66,7 +66,7 @@ def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
 
     def open_folder() -> None:
         name = composed.config.run.dir or f"runs/{composed.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = RunFolder(Path(name).expanduser().absolute())
+        folder = RunFolder(Path(name).expanduser().resolve())
         composed.config.run.dir = str(folder.path)
         folder.describe(composed, engine.world_size, _device_name(engine.device))
         opened.append(folder)

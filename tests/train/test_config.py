@@ -84,10 +84,12 @@ MISTAKES = {
     "optim.lr=abc": "optim.lr.*abc.*expected float > 0",
     "optim.lr=nan": "optim.lr=nan",
     "optim.lr=inf": "optim.lr=inf: expected float > 0",
-    "optim.beta1=1": "optim.beta1=1.0: expected float >= 0 < 1",
+    "optim.beta1=1": "optim.beta1=1.0: expected float >= 0 and < 1",
     "run.seed=99999999999": "run.seed=99999999999",
     "optim.lr=0": "optim.lr=0.0: expected float > 0",
     "optim.lr=1,2": "optim.lr=1,2.*sweep",
+    "train.lr=1": "train.lr .*did you mean optim.lr",
+    "evaluate.sample_tokens=5000": "evaluate.sample_tokens=5000 .* model.max_position_embeddings",
     "train.max_steps=2.5": "train.max_steps.*expected int or null >= 1",
     "train.max_steps=-1": "train.max_steps=-1: expected int or null >= 1",
     "train.precision=fp16": "train.precision=fp16: expected bf16 | fp32",
@@ -98,7 +100,7 @@ MISTAKES = {
     "~train.max_steps": "is not KEY=VALUE",
     "~train.max_steps=3": "cannot be removed",
     "--max-steps": "is not KEY=VALUE",
-    "data.path=[": "cannot be read",
+    "optim.lr=[": "cannot be read",
     "data=files": "data.path is needed",
     "recipe=dmeo": "recipe=dmeo: .*did you mean demo",
     "recipe=no/such.yaml": "recipe=no/such.yaml: no such file",
@@ -128,6 +130,7 @@ RECIPE_MISTAKES = {
     "trian:\n  max_steps: 3\n": "trian in recipe .*mine.yaml",
     "max_steps: 3\n": "max_steps in recipe .*mine.yaml.*did you mean train.max_steps",
     "train: 3\n": "train in recipe .*section",
+    "model: tiny\n": "model in recipe .*`defaults:` with `- override /model: tiny`",
     "train:\n  max_steps: abc\n": "train.max_steps.*abc",
     "defaults:\n  - override /modle: tiny\n": "override /modle.* in recipe .*mine.yaml",
     "defaults:\n  - override /model: tniy\n": "model=tniy in recipe .*did you mean tiny",
@@ -144,6 +147,11 @@ def test_a_mistake_in_a_recipe_is_refused_by_file_and_key(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=RECIPE_MISTAKES[text]):
         compose([f"recipe={tmp_path / 'mine.yaml'}", "train.max_steps=1"])
+
+
+@pytest.mark.parametrize("value", ["~/texts", "a,b (1)=x.jsonl", 'say "hi", {you}', "C:\\x"])
+def test_text_needs_no_quotes_of_its_own(value):
+    assert compose(["recipe=demo", f"data.path={value}"]).config.data.path == value
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
 
 
 def test_the_header_says_what_runs_where():
-    text = header(Config(), MixtralConfig(), 100, 2, "cpu", "runs/x")
+    text = header(Config(), MixtralConfig(), "5 tokens", 100, 2, "cpu", "runs/x")
     assert "46.7 B parameters, 12.9 B active per token: 32 layers, 8 experts, top-2" in text
     assert "8.2 k tokens: 2 processes x 1 rows x 1 accumulated" in text
     assert "runs/x" in text

@@ -284,9 +284,21 @@ def test_a_folder_in_use_names_its_owner_and_is_left_alone(living, corpus, capsy
 def test_a_terminated_run_says_so(living):
     process, folder = living
     process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert read_json(folder / "exit.json") == {"reason": "interrupted", "code": 143, "message": "stopped by SIGTERM"}
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_has_its_pictures(living):
+    process, folder = living
+    deadline = time.monotonic() + 60
+    while len(metrics(folder)) < 10 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert read_json(folder / "exit.json")["reason"] == "interrupted"
+    assert process.returncode == 128 + signal.SIGINT
+    assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "expert_load.png"}
 
 
 @pytest.mark.slow

@@ -65,6 +65,13 @@ class Data:
     held_out_documents: Dataset
     sequence_length: int
 
+    def __str__(self) -> str:
+        held_out = f"{len(self.held_out_documents)} held out"
+        if self.rows is None:
+            return f"a stream of documents, {held_out}"
+        documents = len(self.rows.lengths)
+        return f"{self.rows.tokens_per_epoch:,} tokens in {documents:,} documents, {held_out}"
+
     def steps(self, share: Share) -> Iterator[list[Batch]]:
         """Yields a process's micro-batches, step after step, without end."""
         if self.rows is not None:

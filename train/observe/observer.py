@@ -98,5 +98,14 @@ class Observer:
         self.end_of_training()
         if self._metrics:
             self._metrics.close()
+        if self._folder and kind is not None and "loss" in self.last:
+            self._draw_what_there_is(self._folder)
         if self._tracker:
             self._tracker.finish(failed=kind is not None)
+
+    def _draw_what_there_is(self, folder: RunFolder) -> None:
+        """Draws the pictures of a run that ends early; were it to fail, that must not hide why the run ended."""
+        try:
+            draw(folder)
+        except Exception as error:
+            print(f"the pictures were not drawn ({type(error).__name__}: {error})")

@@ -17,16 +17,19 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def header(config: Config, model: MixtralConfig, max_steps: int, processes: int, device: str, folder: str) -> str:
+def header(
+    config: Config, model: MixtralConfig, size: str, max_steps: int, processes: int, device: str, folder: str
+) -> str:
     """Describes a run in a few aligned lines."""
+    plural = f"{processes} process{'es' if processes > 1 else ''}"
     parameters = model.count_parameters()
     train, data = config.train, config.data
     rows = train.micro_batch_size * train.gradient_accumulation_steps * processes
     lines = {
         "model": f"Mixtral, {count(parameters.total)} parameters, {count(parameters.active)} active per token: "
         f"{model.num_hidden_layers} layers, {model.num_local_experts} experts, top-{model.num_experts_per_tok}",
-        "data": f"{data.path}, rows of {data.sequence_length} tokens, tokenizer {data.tokenizer}",
-        "step": f"{count(rows * data.sequence_length)} tokens: {processes} processes x {train.micro_batch_size} rows x "
+        "data": f"{data.path}: {size}; rows of {data.sequence_length}, tokenizer {data.tokenizer}",
+        "step": f"{count(rows * data.sequence_length)} tokens: {plural} x {train.micro_batch_size} rows x "
         f"{train.gradient_accumulation_steps} accumulated",
         "run": f"{max_steps} steps in {train.precision} on {processes} x {device}",
         "folder": folder,

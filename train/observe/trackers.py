@@ -101,6 +101,12 @@ class WandB:
         assert self._process.stdout is not None
         with self._process.stdout as pipe:
             said = pipe.read().strip() if answered else ""
-        print(
-            said or f"W&B did not answer in time; its log: {self._log_path}, the figures: {self._folder.metrics_path}"
-        )
+        where = f"its log: {self._log_path}, the figures: {self._folder.metrics_path}"
+        print(said or f"W&B {self._complaint()}; {where}")
+
+    def _complaint(self) -> str:
+        """What the follower last said, if it ended by itself."""
+        said = self._log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if self._process.returncode < 0 or not said:
+            return "did not answer in time"
+        return f"was not used ({said[-1]})"
