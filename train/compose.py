@@ -15,7 +15,9 @@ import yaml
 from train.config import Config, check, keys, nearest
 from train.errors import ConfigError
 
-SECTIONS = {section.name: {f.name for f in dataclasses.fields(section.type)} for section in dataclasses.fields(Config)}  # type: ignore[arg-type]
+SECTIONS: dict[str, set[str]] = {section.name: set() for section in dataclasses.fields(Config)}
+for _key in keys():
+    SECTIONS[_key.name.split(".")[0]].add(_key.name.split(".")[1])
 
 
 @dataclass(frozen=True)
