@@ -116,8 +116,8 @@ def _scan_index(folder: Path, index: str, header: Any) -> dict[str, Stored]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise WeightsError(f"{path}: weight_map must map tensor names to file names")
     found: dict[str, Stored] = {}
-    for name in sorted(set(weight_map.values())):
-        shard = inside(folder, name, said_by=path)
+    shards = {name: inside(folder, name, said_by=path) for name in sorted(set(weight_map.values()))}
+    for name, shard in shards.items():
         if not shard.exists():
             raise WeightsError(f"{shard} is missing, which {path} names")
         for tensor, stored in header(shard).items():

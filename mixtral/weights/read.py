@@ -2,14 +2,22 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixtral.configuration import MixtralConfig
 from mixtral.weights import names
 from mixtral.weights.files import Stored, WeightsError, read_json, scan
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok"),
+    *("max_position_embeddings", "sliding_window"),
+)
 
 
 class WeightFolder:
@@ -35,19 +43,16 @@ class WeightFolder:
             raise WeightsError(f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin")
         self.head = None if "norm.weight" in self.tensors else "score" if "score.weight" in self.tensors else "lm_head"
         expected = names.hub_shapes(self.config, self.head)
-        ignored = {name for name in self.tensors if name.endswith("rotary_emb.inv_freq")}  # old files; it is derived
-        if self.config.tie_word_embeddings and "lm_head.weight" in self.tensors:
-            self._check_tied()
-            ignored.add("lm_head.weight")
+        ignored = ignorable(self.config.tie_word_embeddings, self.tensors, self.folder)
         check_tensors(expected, self.tensors, ignored, self.folder, "config.json")
 
-    def _check_tied(self) -> None:
-        pair = [self.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
-        if None in pair or not torch.equal(*(_whole(stored) for stored in pair if stored)):
-            raise WeightsError(
-                f"tensor lm_head.weight in {self.folder} differs from model.embed_tokens.weight, but config.json "
-                "says tie_word_embeddings=true: set it to false"
-            )
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Returns the dtype of each hub tensor."""
+        return {name: self.tensors[name].dtype for name in names.hub_shapes(self.config, self.head)}
+
+    def piece(self, name: str) -> Tensor:
+        """Reads one hub tensor."""
+        return whole(self.tensors[name])
 
     def dtype(self, name: str, experts: Sequence[int]) -> torch.dtype:
         """Returns the dtype that a parameter has in the files.
@@ -94,7 +99,8 @@ class WeightFolder:
         return chosen
 
 
-def _whole(stored: Stored) -> Tensor:
+def whole(stored: Stored) -> Tensor:
+    """Reads a stored tensor."""
     out = torch.empty(stored.shape, dtype=stored.dtype)
     stored.read_into(out)
     return out
@@ -110,10 +116,52 @@ def read_config(folder: Path) -> MixtralConfig:
     content = read_json(path)
     if content.get("model_type") != "mixtral":
         raise WeightsError(f"{path}: model_type={content.get('model_type')!r}, expected 'mixtral'")
+    return build_config(path, content)
+
+
+def build_config(path: Path, fields: Mapping[str, Any], spelling: Mapping[str, str] | None = None) -> MixtralConfig:
+    """Builds the configuration that a file describes.
+
+    Args:
+        path: of the file, for errors.
+        fields: of the configuration.
+        spelling: how the file calls those that it calls otherwise.
+
+    Raises:
+        WeightsError: when a value cannot be used.
+    """
+
+    def called(key: str) -> str:
+        return (spelling or {}).get(key, key)
+
+    for key in SIZES:
+        if (value := fields.get(key)) is not None and (type(value) is not int or value < 1):
+            raise WeightsError(f"{path}: {called(key)}={value!r}, expected a whole number above 0")
+    for key in ("rms_norm_eps", "rope_theta"):
+        if (value := fields.get(key)) is not None and (type(value) not in (int, float) or value <= 0):
+            raise WeightsError(f"{path}: {called(key)}={value!r}, expected a number above 0")
     try:
-        return MixtralConfig.from_dict(content)
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: {error}") from None
+        return MixtralConfig.from_dict(dict(fields))
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise WeightsError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def ignorable(tied: bool, tensors: Mapping[str, Stored], folder: Path) -> set[str]:
+    """Returns the tensors that say nothing new: frequencies in old files, and a head equal to the embedding it shares.
+
+    Raises:
+        WeightsError: when such a head differs.
+    """
+    found = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")}
+    head, embedding = (tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if not tied or head is None or embedding is None:
+        return found
+    if not torch.equal(whole(head), whole(embedding)):
+        raise WeightsError(
+            f"tensor lm_head.weight in {head.path} differs from model.embed_tokens.weight, but config.json in {folder} "
+            "says tie_word_embeddings=true, expected equal ones: set it to false"
+        )
+    return {*found, "lm_head.weight"}
 
 
 def check_tensors(

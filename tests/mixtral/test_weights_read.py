@@ -1,6 +1,7 @@
 """Streamed reading: what is asked for, nothing else, and each malformed file with its one error."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,225 @@ def test_a_tensor_that_is_not_as_expected_is_named_with_its_file(folder, change,
     rewrite(folder[0], change)
     with pytest.raises(WeightsError, match=message):
         list(read(folder[0]))
+
+
+@pytest.fixture
+def single(tmp_path, make_model):
+    """A folder with one safetensors file."""
+    make_model().save_pretrained(tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+def refused(folder, message, file=""):
+    with pytest.raises(WeightsError, match=message) as caught:
+        list(read(folder))
+    assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [1, 4000])
+def test_a_truncated_file_is_refused(single, cut):
+    path = single / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-cut])
+    refused(
+        single, rf"model.safetensors has {path.stat().st_size} bytes, its header expects {path.stat().st_size + cut}"
+    )
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(single):
+    parameters = read(single)
+    next(parameters)
+    path = single / "model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1000)
+    with pytest.raises(WeightsError, match=r"model.safetensors ends \d+ bytes before its tensors do"):
+        list(parameters)
+
+
+@pytest.mark.parametrize(
+    ("length", "header", "message"),
+    [
+        (10**12, b"{}", "a safetensors header of 1000000000000 bytes cannot be, in a file of 10 bytes"),
+        (2**63 + 5, b"{}", "a safetensors header of .* bytes cannot be"),
+        (2, b"[]", "header is malformed .*not an object"),
+        (2, b"\xff{", "header is malformed"),
+        (4, b"    ", "header is malformed"),
+        (13, b'{"a":1,"a":2}', "header is malformed .*a key appears twice"),
+        (9, b'{"a":"b"}', "header is malformed"),
+    ],
+)
+def test_a_header_that_is_not_one_is_refused(single, length, header, message):
+    (single / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header)
+    refused(single, rf"model.safetensors: (the safetensors )?.*{message}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data_offsets": [0, 4]}, r"tensor a in .*has 4 bytes, but its shape \[2\] and dtype F32 expect 8"),
+        ({"data_offsets": [4, 12]}, r"tensor a begins at byte .* of .*, expected"),
+        ({"shape": [-2]}, "integers from 0 up"),
+        ({"shape": [2.0]}, "integers from 0 up"),
+        ({"data_offsets": [8, 0]}, r"tensor a in .*has -8 bytes"),
+        ({"dtype": "F8_E4M3"}, "tensor a in .*has dtype F8_E4M3, expected F64 .*quantized weights cannot be used"),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_lies_about_its_place_is_refused(single, fields, message):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | fields}).encode()
+    (single / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    refused(single, message)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "sub/x.safetensors", "..", ""])
+def test_an_index_that_points_outside_of_the_folder_is_refused(folder, name):
+    path, _ = folder
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"][EXPERT] = name
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(path, rf"index.json names the file '{name}', which is not inside of the folder")
+
+
+def test_a_link_out_of_the_folder_is_refused_but_the_hubs_cache_is_read(single, tmp_path):
+    weights = single / "model.safetensors"
+    (tmp_path / "blobs").mkdir()
+    weights.rename(tmp_path / "blobs" / "0123")
+    weights.symlink_to(tmp_path / "blobs" / "0123")
+    refused(single, "hub names the file 'model.safetensors', which is not inside of the folder")
+    (tmp_path / "snapshots").mkdir()
+    single.rename(tmp_path / "snapshots" / "main")
+    assert dict(read(tmp_path / "snapshots" / "main"))
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 3}], ids=str)
+def test_an_index_without_a_map_is_refused(folder, weight_map):
+    (folder[0] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder[0], "index.json: weight_map must map tensor names to file names")
+
+
+def test_a_missing_shard_and_a_stray_tensor_are_refused(folder):
+    path, _ = folder
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    other = next(name for name in index["weight_map"].values() if name != index["weight_map"][EXPERT])
+    changed = index["weight_map"] | {EXPERT: other}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changed}))
+    refused(path, rf"tensor {EXPERT} lies in .*safetensors, but .*index.json says '{other}'")
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / other).unlink()
+    refused(path, f"{other} is missing, which .*index.json names")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_pickle_is_refused_and_does_not_run(single, tmp_path):
+    (single / "model.safetensors").unlink()
+    torch.save({"a": Bomb(tmp_path / "ran")}, single / "pytorch_model.bin")
+    torch.load(single / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "ran").exists()  # the bomb is live
+    (tmp_path / "ran").unlink()
+    refused(single, "pytorch_model.bin cannot be read as plain tensors, and nothing in it was run")
+    assert not (tmp_path / "ran").exists()
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def not_a_dictionary(path):
+    torch.save([torch.zeros(2)], path)
+
+
+def not_a_tensor(path):
+    torch.save({"a": "b"}, path)
+
+
+def not_contiguous(path):
+    torch.save({"a": torch.zeros(3, 4).T}, path)
+
+
+def old_format(path):
+    torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+
+
+def compressed(path):
+    torch.save({"a": torch.zeros(1000)}, path)
+    records = {record: zipfile.ZipFile(path).read(record) for record in zipfile.ZipFile(path).namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for record, content in records.items():
+            packed = zipfile.ZIP_DEFLATED if "/data/" in record else zipfile.ZIP_STORED
+            archive.writestr(record, content, compress_type=packed)
+
+
+def shortened_record(path):
+    torch.save({"a": torch.zeros(1000)}, path)
+    records = {record: zipfile.ZipFile(path).read(record) for record in zipfile.ZipFile(path).namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for record, content in records.items():
+            archive.writestr(record, content[:100] if "/data/" in record else content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, "cannot be read as plain tensors"),
+        (not_a_dictionary, "holds a list, expected a dictionary of tensors"),
+        (not_a_tensor, "'a' is a str, expected a tensor"),
+        (not_contiguous, r"tensor a in .*strides \(1, 4\), expected .*contiguous"),
+        (old_format, "cannot be read as plain tensors"),
+        (compressed, "tensor a in .*: its record is damaged or compressed"),
+        (shortened_record, "tensor a in .*: its record is damaged or compressed"),
+    ],
+)
+def test_a_damaged_pickle_is_refused(single, damage, message):
+    pickled(single)
+    damage(single / "pytorch_model.bin")
+    refused(single, message, file="pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "config.json is not JSON"),
+        ("[]", "config.json holds a list, expected a JSON object"),
+        ("\ud800", "config.json is not JSON"),
+        ('{"model_type": "llama"}', "config.json: model_type='llama', expected 'mixtral'"),
+        ('{"model_type": "mixtral", "hidden_size": "32"}', "config.json: hidden_size='32', expected a whole number"),
+        ('{"model_type": "mixtral", "num_experts_per_tok": 9}', "config.json: num_experts_per_tok=9 must lie between"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused(single, text, message):
+    (single / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    refused(single, message)
+
+
+def test_a_folder_without_configuration_or_weights_is_refused(single, tmp_path):
+    (single / "model.safetensors").unlink()
+    refused(single, "hub holds no weights: expected model.safetensors or pytorch_model.bin")
+    (single / "config.json").unlink()
+    refused(single, "config.json is missing")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_beside_tied_embeddings_must_equal_them(tmp_path, make_model, equal):
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if equal else 1)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if equal:
+        assert "lm_head.weight" not in dict(read(tmp_path))
+    else:
+        refused(tmp_path, "tensor lm_head.weight in .* differs from model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("kind", [MixtralForSequenceClassification, MixtralModel])
+def test_other_heads_are_read_too(tmp_path, kind):
+    model = kind(MixtralConfig(**SIZES, num_labels=3))
+    model.save_pretrained(tmp_path)
+    other = kind(MixtralConfig(**SIZES, num_labels=3))
+    load(other, tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
