@@ -149,6 +149,24 @@ class ScheduleConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How the processes share the work."""
+
+    expert: int = key(
+        1, "ranks over which each layer's experts are split; divides the experts and the processes", minimum=1
+    )
+    zero: int = key(
+        0,
+        "what DeepSpeed partitions over the processes: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too; "
+        "at least 1 where experts are split",
+        minimum=0,
+        maximum=3,
+    )
+    offload_optimizer: bool = key(False, "whether master weights and moments live in host memory; needs parallel.zero")
+    offload_parameters: bool = key(False, "whether partitioned weights live in host memory; needs parallel.zero=3")
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """Evaluation on held-out documents: before the first step, now and then, and at the end."""
 
@@ -183,6 +201,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
@@ -264,6 +283,7 @@ def check(config: Config) -> None:
         section, name = item.name.split(".")
         item.check(getattr(getattr(config, section), name))
     _check_model(config.model)
+    _check_parallel(config)
     _check_run(config)
 
 
@@ -298,6 +318,25 @@ def _check_model(model: ModelConfig) -> None:
         model.attn_implementation == "windowed" and (model.sliding_window is None or model.attention_dropout > 0),
         "model.attn_implementation=windowed needs a model.sliding_window, and model.attention_dropout=0",
     )
+
+
+def _check_parallel(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    fits = [ranks for ranks in range(1, model.num_local_experts + 1) if model.num_local_experts % ranks == 0]
+    _refuse(
+        parallel.expert not in fits,
+        f"parallel.expert={parallel.expert} does not divide model.num_local_experts={model.num_local_experts}: "
+        f"expected one of {', '.join(map(str, fits))}",
+    )
+    _refuse(
+        parallel.expert > 1 and parallel.zero == 0,
+        f"parallel.expert={parallel.expert} needs DeepSpeed's engine: set parallel.zero to 1, 2 or 3",
+    )
+    _refuse(
+        parallel.offload_optimizer and parallel.zero == 0,
+        "parallel.offload_optimizer=true needs parallel.zero=1 or more",
+    )
+    _refuse(parallel.offload_parameters and parallel.zero < 3, "parallel.offload_parameters=true needs parallel.zero=3")
 
 
 def _check_run(config: Config) -> None:

@@ -40,6 +40,11 @@ class NumericsError(UserError):
     code = 5
     reason = "numerics"
 
+    @classmethod
+    def of_gradient(cls, norm: float) -> "NumericsError":
+        """The error of a gradient norm that is not finite."""
+        return cls(f"the gradient norm is {norm}: no update was made; lower optim.lr or look at the data")
+
 
 class MachineError(UserError):
     """The machine, the network or the run folder does not allow the run."""

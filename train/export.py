@@ -1,16 +1,20 @@
 """The trained model as a folder that the ecosystem reads: the hub's layout."""
 
+import copy
 import json
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from mixtral import MixtralForCausalLM
+from mixtral import MixtralConfig
+from mixtral.weights.names import hub_shapes
+from mixtral.weights.write import HubWriter, Planned, new_folder
 from train.config import Config
+from train.parallel.engine import Engine, Piece
 
 CARD = """\
 ---
@@ -43,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 
 def export(
     target: Path,
-    model: MixtralForCausalLM,
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Dataset,
     config: Config,
@@ -51,29 +55,62 @@ def export(
 ) -> None:
     """Writes weights, config, tokenizer, generation config, model card and `held_out.jsonl`.
 
-    The folder appears whole or not at all.
+    Every process takes part, and sends the main one what it alone holds, an expert at a time. The folder appears
+    whole or not at all.
 
     Args:
         target: the folder to make.
-        model: the trained model.
+        engine: holds the trained model.
         tokenizer: its tokenizer.
         held_out: the held-out documents, with a `text` column.
         config: of the run, for the card.
         summary: of the run, for the card.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    logging.disable_progress_bar()
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    with (partial / "held_out.jsonl").open("w", encoding="utf-8") as file:
-        for row in held_out:
-            file.write(json.dumps({"text": row["text"], "source": row["source"]}, ensure_ascii=False) + "\n")
-    count = model.config.count_parameters()
-    card = CARD.format(
+    pieces = engine.pieces()
+    if not engine.is_main:
+        for _ in pieces:
+            pass
+        return
+    with new_folder(target) as folder:
+        write_weights(folder, engine.module.config, pieces, engine.dtype)
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        with (folder / "held_out.jsonl").open("w", encoding="utf-8") as file:
+            for row in held_out:
+                file.write(json.dumps({"text": row["text"], "source": row["source"]}, ensure_ascii=False) + "\n")
+        card = _card(target, engine.module.config, config, summary)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_weights(folder: Path, config: MixtralConfig, pieces: Iterable[Piece], dtype: torch.dtype) -> None:
+    """Writes a model that comes in pieces, and its `config.json`, in the hub's layout.
+
+    Args:
+        folder: an existing one.
+        config: of the model.
+        pieces: all of it, in any order.
+        dtype: to write.
+    """
+    described = copy.deepcopy(config)
+    described.architectures, described.dtype = ["MixtralForCausalLM"], dtype
+    described.save_pretrained(folder)
+    planned = {name: Planned(dtype, shape) for name, shape in hub_shapes(config).items()}
+    with HubWriter(folder, planned) as writer:
+        for name, expert, tensor in pieces:
+            assert tensor is not None
+            if expert is None:
+                writer.add_parameter(name, tensor, [])
+            else:
+                writer.add_parameter(name, tensor[None], [expert])
+
+
+def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str, Any]) -> str:
+    count = model.count_parameters()
+    return CARD.format(
         name=target.parent.name,
         total=count.total,
         active=count.active,
@@ -86,7 +123,3 @@ def export(
         last=summary["eval_loss"],
         folder=target.name,
     )
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    for path in partial.iterdir():
-        path.chmod(0o644)  # safetensors makes its own for the owner alone
-    partial.rename(target)

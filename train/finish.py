@@ -1,11 +1,11 @@
 """The end of a run: summary, export, and a sample of what the model writes."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mixtral import MixtralForCausalLM
 from train.config import Config
 from train.data.loader import Data
 from train.export import export
@@ -15,26 +15,26 @@ from train.parallel.engine import Engine
 
 
 def finish(
-    folder: RunFolder,
+    folder: RunFolder | None,
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     config: Config,
     observer: Observer,
 ) -> None:
-    """Writes `summary.json` and `export/`, then prints a sample; the main process's part alone."""
+    """Writes `summary.json` and `export/`, then prints a sample. Every process takes part; the main one writes."""
     observer.end_of_training()
-    model = engine.module
     summary = summarise(observer)
-    folder.write_json("summary.json", summary)
-    export(folder.path / "export", model, tokenizer, data.held_out_documents, config, summary)
-    print(
-        f"held-out loss {summary['first_eval_loss']:.4f} -> {summary['eval_loss']:.4f}; "
-        f"exported to {folder.path / 'export'}"
-    )
+    if folder:
+        folder.write_json("summary.json", summary)
+    target = Path(config.run.dir or "") / "export"
+    export(target, engine, tokenizer, data.held_out_documents, config, summary)
+    if folder:
+        print(f"held-out loss {summary['first_eval_loss']:.4f} -> {summary['eval_loss']:.4f}; exported to {target}")
     if config.evaluate.sample_tokens:
-        text = sample(model, tokenizer, config.evaluate.sample_prompt, config.evaluate.sample_tokens, config.run.seed)
-        print(f"--- sample ---\n{text}\n--------------")
+        text = sample(engine, tokenizer, config.evaluate.sample_prompt, config.evaluate.sample_tokens, config.run.seed)
+        if folder:
+            print(f"--- sample ---\n{text}\n--------------")
 
 
 def summarise(observer: Observer) -> dict[str, Any]:
@@ -50,8 +50,12 @@ def summarise(observer: Observer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sample(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int) -> str:
-    """Writes `tokens` tokens after a prompt, drawn from the 20 likeliest at each step, the same for a seed."""
+def sample(engine: Engine, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int) -> str:
+    """Writes `tokens` tokens after a prompt, drawn from the 20 likeliest at each step, the same for a seed.
+
+    Every process does so, since each may hold but a part of the model.
+    """
+    model = engine.module
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
@@ -67,5 +71,6 @@ def sample(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt
             top_k=20,
             temperature=0.7,
             pad_token_id=tokenizer.eos_token_id,
+            synced_gpus=engine.world_size > 1,
         )
     return tokenizer.decode(written[0], skip_special_tokens=True)

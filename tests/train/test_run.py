@@ -15,9 +15,10 @@ import yaml
 from mixtral import MixtralForCausalLM
 from tests.train.helpers import PYTHON, SMALL, kill_group, launch, metrics, read_json, run_small, write_corpus
 from train.compose import compose
-from train.config import OptimConfig, TrainConfig
+from train.config import Config, TrainConfig
 from train.errors import NumericsError
-from train.parallel.engine import Engine
+from train.model import empty_model
+from train.parallel.replicated import ReplicatedEngine
 
 FIGURES = {
     "step", "tokens", "loss", "router_loss", "router_objective", "router_z_loss", "grad_norm", "lr",
@@ -178,8 +179,9 @@ def test_an_exploding_run_ends_with_five_and_exports_nothing(corpus, tmp_path, s
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_no_weight(make_model, bad):
-    engine = Engine(TrainConfig(precision="fp32"))
-    engine.prepare(make_model(), OptimConfig())
+    engine = ReplicatedEngine(Config(train=TrainConfig(precision="fp32")))
+    model = make_model()
+    engine.prepare(empty_model(model.config), lambda _: model.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     for parameter in engine.module.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -1,117 +1,99 @@
-"""The processes of a run: one device each, the model replicated, gradients averaged, through accelerate."""
+"""The processes of a run: how they meet, add up figures, and share one model through accelerate."""
 
-import contextlib
 import datetime
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from mixtral import MixtralForCausalLM
-from train.config import OptimConfig, TrainConfig
+from train.config import Config
 from train.data.packing import Batch
-from train.errors import ConfigError, MachineError, NumericsError, UserError
-from train.optim import MasterWeights, build_optimizer
+from train.errors import MachineError, UserError
 
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # one process may tokenize a corpus while the others wait
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+Weights = Callable[[range], Iterator[tuple[str, Tensor]]]
 
 
-class Engine:
-    """Owns the process group, the device, the wrapped model and the optimizer.
+class Piece(NamedTuple):
+    """A parameter of the whole model, or one expert's part of it.
+
+    Attributes:
+        name: the parameter's name.
+        expert: which expert's, for the experts' stacked parameters.
+        tensor: its values; on the main process, None on the others.
+    """
+
+    name: str
+    expert: int | None
+    tensor: Tensor | None
+
+
+class Engine(ABC):
+    """Owns the process group, the device, the model and the optimizer.
 
     Attributes:
         rank, world_size: this process's number and how many there are.
         device: where the model and the batches live.
-        module: the model itself; `model` is the same, wrapped for gradient averaging.
+        module: the model itself, with this rank's experts; `model` is the same, wrapped for training.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    module: MixtralForCausalLM
+    model: Any
+
+    def __init__(self, config: Config, **options: Any) -> None:
         cpu = not torch.cuda.is_available()
-        handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        handlers: list[Any] = options.pop("kwargs_handlers", [])
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # on a CPU accelerate needs to be told of gloo
             handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else None, timeout=COLLECTIVE_TIMEOUT))
-        accumulation = GradientAccumulationPlugin(num_steps=1)  # the loop's own; or an environment variable rescales
         try:
-            self.accelerator = Accelerator(
-                cpu=cpu, mixed_precision="no", kwargs_handlers=handlers, gradient_accumulation_plugin=accumulation
-            )
+            self.accelerator = Accelerator(kwargs_handlers=handlers, **options)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise MachineError(f"the processes cannot meet at {address}: {str(error).splitlines()[0]}") from None
-        if self.accelerator.distributed_type not in SUPPORTED:
-            raise ConfigError(
-                f"accelerate was told to use {self.accelerator.distributed_type.value} (its configuration file, or an "
-                "ACCELERATE_USE_ variable); processes here are plainly data-parallel: unset it"
-            )
-        self.precision = config.precision
-        self.model: nn.Module
-        self.module: MixtralForCausalLM
-
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def world_size(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
+        self.dtype = DTYPES[config.train.precision]
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes files and speaks to the user."""
-        return self.accelerator.is_main_process
+        return self.rank == 0
 
-    def prepare(self, model: MixtralForCausalLM, config: OptimConfig) -> None:
-        """Places a model that is built alike on every process, and builds its optimizer.
+    @abstractmethod
+    def experts(self, count: int) -> range:
+        """Gives those of `count` experts per layer that this process holds."""
+
+    @abstractmethod
+    def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
+        """Fills a model and builds its optimizer.
 
         Args:
-            model: in fp32; with bf16, that becomes the master copy and the model its bf16 image.
-            config: of the optimizer.
+            model: on the meta device.
+            weights: yields the values of every parameter, of the experts in a range alone.
         """
-        model.to(self.device)
-        self._masters = MasterWeights(model) if self.precision == "bf16" else None
-        parameters = dict(model.named_parameters()) if self._masters is None else self._masters.by_name
-        self._parameters = list(parameters.values())
-        self.optimizer = build_optimizer(parameters, config)
-        self.max_grad_norm = config.max_grad_norm
-        self.module = model
-        self.model = self.accelerator.prepare_model(model)
 
-    def place(self, batch: Batch) -> Batch:
-        """Moves a batch to the device, in the form that the attention backend keeps documents apart in."""
-        if self.module.config._attn_implementation.startswith("flash"):  # varlen kernels take one long row
-            batch = batch.flattened()
-        return batch.to(self.device)
-
+    @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds this process's share of the gradient.
 
         Args:
             loss: this process's part of a loss that is the sum of all processes' parts.
-            last: whether the optimizer step follows; until then gradients stay local.
+            last: whether the optimizer step follows.
         """
-        local = not last or self._masters is not None  # the masters' gradients are averaged in fp32, by `step`
-        with self.accelerator.no_sync(self.model) if local else contextlib.nullcontext():
-            self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
-        if self._masters is not None:
-            self._masters.collect_gradients()
 
+    @abstractmethod
     def step(self, lr: float) -> float:
         """Clips the gradient and takes the optimizer step.
 
@@ -124,25 +106,16 @@ class Engine:
         Raises:
             NumericsError: when the norm is not finite, on every process; nothing is updated then.
         """
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        if self._masters is not None and self.world_size > 1:
-            for pending in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                pending.wait()
-            torch._foreach_div_(gradients, self.world_size)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise NumericsError(
-                f"the gradient norm is {norm.item()}: no update was made; lower optim.lr or look at the data"
-            )
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._masters is not None:
-            self._masters.publish()
-        return norm.item()
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """Yields the whole model to the main process, piece by piece; every process must go through it."""
+
+    def place(self, batch: Batch) -> Batch:
+        """Moves a batch to the device, in the form that the attention backend keeps documents apart in."""
+        if self.module.config._attn_implementation.startswith("flash"):  # varlen kernels take one long row
+            batch = batch.flattened()
+        return batch.to(self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the processes."""
@@ -207,3 +180,33 @@ class Engine:
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def fill(
+    model: nn.Module, values: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Materialises the parameters of a model that is on the meta device, yielding each as it comes.
+
+    Args:
+        model: to be filled in place; tied parameters stay tied.
+        values: name and value of every parameter, in any order.
+        dtype: of the parameters.
+
+    Raises:
+        RuntimeError: for a value without a parameter, of another shape, or a parameter without a value.
+    """
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, name))
+    missing = dict(model.named_parameters())
+    for name, value in values:
+        if name not in missing or missing[name].shape != value.shape:
+            raise RuntimeError(f"{name} {tuple(value.shape)} is no parameter of the model")
+        empty = missing.pop(name)
+        filled = nn.Parameter(value.to(dtype), requires_grad=empty.requires_grad)
+        for module, attribute in places[empty]:
+            setattr(module, attribute, filled)
+        yield name, filled
+    if missing:
+        raise RuntimeError(f"no values for {', '.join(missing)}")

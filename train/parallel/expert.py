@@ -1,0 +1,99 @@
+"""Expert parallelism: each rank of a group holds an equal part of every layer's experts, and rows travel to them.
+
+The block is a DeepSpeed-MoE layer, so that DeepSpeed's engine reduces, partitions, clips and updates its experts over
+the ranks that hold the same ones; the mathematics is `mixtral.moe`'s. Shape letters: see `mixtral/modeling.py`.
+"""
+
+import copy
+
+import deepspeed.module_inject.auto_ep_layer as deepspeed_moe
+import torch
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from mixtral import MixtralConfig
+from mixtral.moe import Experts, Router, Routing, SparseMoeBlock
+from mixtral.ops.permute import combine_rows, sort_rows
+from train.parallel.exchange import exchange_counts, exchange_rows
+
+
+class ExpertParallelBlock(deepspeed_moe.AutoEPMoELayer):
+    """`SparseMoeBlock` with E / P of its experts on this rank, P being the ranks of its group.
+
+    Parameters and their names are the block's, but that the experts' first dimension is E / P. DeepSpeed binds
+    `ep_group` when its engine is built.
+
+    Args:
+        config: of the model.
+        ranks: P.
+        rank: this rank's place in its group.
+    """
+
+    def __init__(self, config: MixtralConfig, ranks: int, rank: int) -> None:
+        nn.Module.__init__(self)  # the parent's would take a whole layer apart
+        self.jitter = config.router_jitter_noise
+        self.gate = Router(config)
+        mine = copy.copy(config)
+        mine.num_local_experts = config.num_local_experts // ranks
+        self.experts = Experts(mine)
+        self.dispatcher = self.dispatch
+        self._describe_to_deepspeed(config, ranks, rank)
+
+    forward = SparseMoeBlock.forward
+
+    def dispatch(self, x_TH: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        """Sends every token's rows to the ranks of its K experts and sums what comes back; drops none.
+
+        Every rank of the group must call it, with tokens or without. Returns (T, H).
+        """
+        order_R, counts_E = sort_rows(routing.experts_TK, num_experts=self.num_experts)
+        arriving_PE = exchange_counts(counts_E, self.ep_group)
+        leaving_P = counts_E.view(self.ep_size, -1).sum(dim=1)
+        sends, receives = torch.stack([leaving_P, arriving_PE.sum(dim=1)]).tolist()
+        rows_RH = exchange_rows(x_TH[order_R // routing.experts_TK.shape[-1]], sends, receives, self.ep_group)
+        back_RH = exchange_rows(_by_expert(rows_RH, arriving_PE, experts), receives, sends, self.ep_group)
+        return combine_rows(back_RH, order_R, routing.weights_TK)
+
+    def _describe_to_deepspeed(self, config: MixtralConfig, ranks: int, rank: int) -> None:
+        """Sets what DeepSpeed's engine reads of such a layer, all of it private to DeepSpeed."""
+        experts = config.num_local_experts
+        self.num_experts, self.num_local_experts = experts, experts // ranks
+        self.top_k = config.num_experts_per_tok
+        self.ep_size, self.ep_rank, self.ep_group_name = ranks, rank, f"ep_size_{ranks}"
+        self.ep_group = self.tp_group = self.folding_group_handles = None
+        self.combine_impl, self.comm_backend = "weighted_sum", "comm"
+        self.expert_placement_descriptor = deepspeed_moe.legacy_uniform_autoep_placement_descriptor(
+            experts, experts // ranks, ranks
+        )
+
+
+def mark_as_split(parameter: nn.Parameter, ranks: int) -> None:
+    """Tells DeepSpeed that a parameter belongs to this rank's experts, replicated only where they are.
+
+    Args:
+        parameter: stacked over this rank's experts.
+        ranks: over which a layer's experts are split.
+    """
+    parameter.allreduce = False  # type: ignore[attr-defined]
+    parameter.group_name = parameter.ds_zero_partition_group_name = f"ep_size_{ranks}"  # type: ignore[attr-defined]
+    parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+    parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{ranks}")  # type: ignore[attr-defined]
+
+
+def _by_expert(rows_RH: Tensor, arriving_PE: Tensor, experts: Experts) -> Tensor:
+    """Runs rows that arrived sorted by rank, then expert, through their experts, and hands them back in that order."""
+    expert_of_block = torch.arange(arriving_PE.shape[1], device=rows_RH.device).repeat(arriving_PE.shape[0])
+    order_R = expert_of_block.repeat_interleave(arriving_PE.flatten(), output_size=len(rows_RH)).argsort(stable=True)
+    sorted_RH = experts(rows_RH[order_R], arriving_PE.sum(dim=0))
+    place_R = torch.empty_like(order_R)
+    place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    return sorted_RH[place_R]
+
+
+def split_experts(model: nn.Module, config: MixtralConfig, ranks: int, rank: int) -> None:
+    """Replaces every sparse block of a model by one that holds this rank's experts alone, where the block's are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, SparseMoeBlock):
+                with torch.device(child.gate.weight.device):
+                    setattr(parent, name, ExpertParallelBlock(config, ranks, rank))

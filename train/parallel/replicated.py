@@ -1,0 +1,86 @@
+"""Every process holds the whole model: gradients are averaged by DistributedDataParallel, through accelerate."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from torch import Tensor
+
+from mixtral import MixtralForCausalLM
+from mixtral.weights.names import is_stacked
+from train.config import Config
+from train.errors import ConfigError, NumericsError
+from train.optim import MasterWeights, build_optimizer
+from train.parallel.engine import Engine, Piece, Weights, fill
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class ReplicatedEngine(Engine):
+    """Plain data parallelism; see `Engine`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(
+            config,
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            # the loop's own accumulation; or an environment variable rescales
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+        if self.accelerator.distributed_type not in SUPPORTED:
+            raise ConfigError(
+                f"accelerate was told to use {self.accelerator.distributed_type.value} (its configuration file, or an "
+                "ACCELERATE_USE_ variable): unset it; parallel.zero and parallel.expert choose how processes share work"
+            )
+        self._config = config.optim
+
+    def experts(self, count: int) -> range:
+        return range(count)
+
+    def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
+        for _ in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
+            pass
+        model.to(self.device)
+        self._masters = MasterWeights(model) if self.dtype is torch.bfloat16 else None
+        parameters = dict(model.named_parameters()) if self._masters is None else self._masters.by_name
+        self._parameters = list(parameters.values())
+        self.optimizer = build_optimizer(parameters, self._config)
+        self.module = model
+        self.model = self.accelerator.prepare_model(model)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        local = not last or self._masters is not None  # the masters' gradients are averaged in fp32, by `step`
+        with self.accelerator.no_sync(self.model) if local else contextlib.nullcontext():
+            self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
+        if self._masters is not None:
+            self._masters.collect_gradients()
+
+    def step(self, lr: float) -> float:
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self._masters is not None and self.world_size > 1:
+            for pending in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                pending.wait()
+            torch._foreach_div_(gradients, self.world_size)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise NumericsError.of_gradient(norm.item())
+        if self._config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._masters is not None:
+            self._masters.publish()
+        return norm.item()
+
+    def pieces(self) -> Iterator[Piece]:
+        for name, parameter in self.module.named_parameters():
+            if is_stacked(name):
+                for expert, tensor in enumerate(parameter.detach()):
+                    yield Piece(name, expert, tensor if self.is_main else None)
+            else:
+                yield Piece(name, None, parameter.detach() if self.is_main else None)

@@ -1,0 +1,130 @@
+"""ZeRO and expert parallelism: DeepSpeed's engine, prepared by accelerate, its configuration generated from ours."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import DeepSpeedPlugin
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from mixtral import MixtralForCausalLM
+from mixtral.weights.names import is_stacked
+from train.config import Config
+from train.errors import NumericsError
+from train.optim import build_optimizer
+from train.parallel.engine import Engine, Piece, Weights, fill
+from train.parallel.expert import mark_as_split, split_experts
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """Generates DeepSpeed's configuration: gradients are accumulated and reduced in fp32, overflow skips the step."""
+    train, parallel = config.train, config.parallel
+    zero: dict[str, Any] = {"stage": parallel.zero}
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if parallel.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_clipping": config.optim.max_grad_norm or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 2**31,
+    }
+
+
+class ZeroEngine(Engine):
+    """ZeRO 1, 2 or 3 over all processes, the experts of each layer split over groups of them; see `Engine`."""
+
+    def __init__(self, config: Config) -> None:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # compiled for minutes, and used by inference only
+        )
+        self._config = config
+        self._deepspeed_config = deepspeed_config(config)
+        super().__init__(
+            config,
+            mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self._deepspeed_config),
+        )
+        self._ranks = config.parallel.expert
+        if self._ranks > 1:
+            groups._create_expert_and_data_parallel(self._ranks)
+
+    def experts(self, count: int) -> range:
+        each = count // self._ranks
+        first = self.rank % self._ranks * each
+        return range(first, first + each)
+
+    def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
+        if self._ranks > 1:
+            split_experts(model, model.config, self._ranks, self.rank % self._ranks)
+        self._fill(model, weights)
+        parameters = dict(model.named_parameters())
+        optimizer = build_optimizer(parameters, self._config.optim)
+        if self._ranks > 1:
+            named = [{"name": f"group-{index}"} | group for index, group in enumerate(optimizer.param_groups)]
+            optimizer.param_groups = split_params_into_different_moe_groups_for_optimizer(named)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.module = self.model.module
+
+    def _fill(self, model: MixtralForCausalLM, weights: Weights) -> None:
+        """Materialises the parameters one by one; at stage 3 each is partitioned before the next one comes."""
+        convert = None
+        for name, parameter in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
+            if self._ranks > 1 and is_stacked(name):
+                mark_as_split(parameter, self._ranks)
+            if self._config.parallel.zero < 3:
+                continue
+            if convert is None:
+                deepspeed.zero.Init(
+                    nn.ParameterList([parameter]), config_dict_or_path=self._deepspeed_config, dtype=self.dtype
+                )
+                convert = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]
+            else:
+                convert(param_list=[parameter])
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.model.set_gradient_accumulation_boundary(last)
+        # gradients are averaged over the processes, and ours are parts of a sum
+        self.model.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.step()
+        if self.model.optimizer.overflow:
+            raise NumericsError.of_gradient(float("nan"))
+        return float(self.model.get_global_grad_norm())
+
+    def pieces(self) -> Iterator[Piece]:
+        for name, parameter in self.module.named_parameters():
+            partitioned = hasattr(parameter, "ds_id")
+            with deepspeed.zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
+                values = parameter.detach()
+                if is_stacked(name):
+                    yield from self._experts_of_all(name, values)
+                else:
+                    yield Piece(name, None, values if self.is_main else None)
+
+    def _experts_of_all(self, name: str, mine: Tensor) -> Iterator[Piece]:
+        """Yields every expert of a stacked parameter, sent by the rank of the first group that holds it."""
+        for owner in range(self._ranks):
+            for index in range(len(mine)):
+                tensor = mine[index] if self.is_main else None
+                if owner > 0 and self.is_main:
+                    tensor = torch.empty_like(mine[index])
+                    dist.recv(tensor, src=owner)
+                elif owner > 0 and self.rank == owner:
+                    dist.send(mine[index].contiguous(), dst=0)
+                yield Piece(name, owner * len(mine) + index, tensor)
