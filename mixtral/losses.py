@@ -87,6 +87,35 @@ def load_balancing_loss(counts_LE: Tensor, probability_LE: Tensor, tokens: Tenso
     return per_layer.mean()
 
 
+def document_load_balancing_loss(
+    logits: Sequence[Tensor], experts: Sequence[Tensor], document_T: Tensor, token_mask_T: Tensor
+) -> Tensor:
+    """Balances the load inside of each document: the sum over documents of its tokens times its own loss.
+
+    Divided by all tokens of a step it is the token-weighted mean of the documents' `load_balancing_loss`, whatever
+    batch, row or rank a document is in.
+
+    Args:
+        logits: L tensors (T, E), raw.
+        experts: L tensors (T, K), the routed indices.
+        document_T: the document of each token, any numbers from 0 to T - 1.
+        token_mask_T: true where a token counts.
+
+    Returns:
+        A scalar; zero when there is no token.
+    """
+    layers = []
+    for logits_TE, experts_TK in zip(logits, experts, strict=True):
+        mask_T1 = token_mask_T[:, None].to(logits_TE.dtype)
+        routed_TE = torch.zeros_like(logits_TE).scatter(-1, experts_TK, 1.0)
+        empty_DE = torch.zeros_like(logits_TE)  # as many documents as tokens would do
+        counts_DE = empty_DE.index_add(0, document_T, routed_TE * mask_T1)
+        probability_DE = empty_DE.index_add(0, document_T, logits_TE.softmax(dim=-1) * mask_T1)
+        tokens_D = empty_DE[:, 0].index_add(0, document_T, mask_T1[:, 0]).clamp(min=1)
+        layers.append(logits_TE.shape[-1] * ((counts_DE * probability_DE).sum(dim=-1) / tokens_D).sum())
+    return torch.stack(layers).mean()
+
+
 def pooled_load_balancing_loss(statistics: RouterStatistics, tokens: Tensor | float) -> Tensor:
     """The published auxiliary loss: all layers pooled into one histogram before the product.
 

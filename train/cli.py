@@ -11,11 +11,12 @@ Cierzo trains Mixtral-style sparse mixtures of experts.
 usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
        python -m train ...
        torchrun --nproc_per_node N -m train ...
+       torchrun --nproc_per_node N -m train.verify ...    (compares the layout with one process)
        cierzo keys    (lists every key, its default and what it may be)
 
 The recipe is applied after the defaults, the command line last.
 """
-VERBS = ("train", "keys")
+VERBS = ("train", "verify", "keys")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code
     from train.run import run
 
+    if verb == "verify":
+        from train.verify.verb import shrink, verify
+
+        shrink(composed.config)
+        return run(composed, verify)
     return run(composed)
 
 

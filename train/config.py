@@ -115,9 +115,10 @@ class TrainConfig:
     )
     router_loss_scope: str = key(
         "global_batch",
-        "the tokens whose load the router loss balances: global_batch, per layer over all processes; huggingface, "
-        "the published formula, all layers pooled, per process",
-        choices=("global_batch", "huggingface"),
+        "whose load the router loss balances, per layer: global_batch, of each micro-step over all processes; "
+        "previous_step, of the whole step before; document, of each document by itself; huggingface, the published "
+        "formula, all layers pooled, per process",
+        choices=("global_batch", "previous_step", "document", "huggingface"),
     )
     router_z_loss_coef: float = key(0.0, "weight of the router z-loss", minimum=0)
     log_every: int = key(10, "steps between logged lines", minimum=1)
@@ -181,6 +182,13 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class VerifyConfig:
+    """The verb `verify`, which compares a layout with one process."""
+
+    full: bool = key(False, "whether verify keeps the model's own sizes; else it shrinks them to seconds' work")
+
+
+@dataclass(kw_only=True, slots=True)
 class TrackerConfig:
     """Where figures go besides metrics.jsonl."""
 
@@ -204,6 +212,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
 
 
 @dataclass(frozen=True)

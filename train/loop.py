@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mixtral.losses import load_balancing_loss
 from mixtral.ops.cross_entropy import IGNORE_INDEX
@@ -11,7 +12,7 @@ from train.config import Config
 from train.data.loader import Data, Prefetch, Share
 from train.data.packing import Batch
 from train.evaluate import evaluate
-from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
+from train.objective import Coefficients, Parts, StepSize, objective_parts, predict, uniform_load
 from train.observe.observer import Observer
 from train.optim import learning_rate
 from train.parallel.engine import Engine
@@ -25,6 +26,12 @@ class StepResult:
     tokens: int
     top_k: int
     grad_norm: float
+    crossing_rows: float
+
+    @property
+    def load(self) -> Tensor:
+        """Routed rows per token of each expert: (L, E)."""
+        return (self.parts.statistics.counts_LE / max(1, self.tokens)).float()
 
     def figures(self) -> dict[str, object]:
         """The step's figures under their names in metrics.jsonl."""
@@ -38,7 +45,7 @@ class StepResult:
             "grad_norm": self.grad_norm,
             "expert_load": (counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)).tolist(),
             "dropped_fraction": 1 - counts_LE.sum().item() / max(1, self.tokens * self.top_k * len(counts_LE)),
-            "cross_rank_fraction": 0.0,  # every process holds every expert
+            "cross_rank_fraction": self.crossing_rows / max(1.0, counts_LE.sum().item()),
             "router_entropy": (statistics.entropy_L / max(1, self.tokens)).tolist(),
         }
 
@@ -48,9 +55,8 @@ def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: 
     share = Share(
         engine.rank, engine.world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps
     )
-    coefficients = Coefficients(
-        config.model.router_aux_loss_coef, config.train.router_z_loss_coef, config.train.router_loss_scope
-    )
+    coefficients = Coefficients.of(config)
+    load_LE = uniform_load(engine.module.config, engine.device)
     observer.log(0, evaluate(engine, config, data))
     steps = Prefetch(data.steps(share))
     try:
@@ -59,7 +65,8 @@ def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: 
             micro_batches = next(steps)
             waited = time.perf_counter() - started
             lr = learning_rate(step, max_steps, config.optim.lr, config.schedule)
-            result = train_step(engine, micro_batches, lr, coefficients)
+            result = train_step(engine, micro_batches, lr, coefficients, load_LE)
+            load_LE = result.load
             observer.count(result.tokens, seconds=time.perf_counter() - started, waited=waited)
             evaluating = step == max_steps or (config.evaluate.every and step % config.evaluate.every == 0)
             if evaluating or step % config.train.log_every == 0 or step == 1:
@@ -69,26 +76,52 @@ def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: 
         steps.close()
 
 
-def train_step(engine: Engine, micro_batches: list[Batch], lr: float, coefficients: Coefficients) -> StepResult:
+def train_step(
+    engine: Engine, micro_batches: list[Batch], lr: float, coefficients: Coefficients, load_LE: Tensor
+) -> StepResult:
     """Takes one optimizer step over this process's micro-batches.
+
+    Args:
+        engine: holds model and optimizer.
+        micro_batches: as many on every process.
+        lr: learning rate of this step.
+        coefficients: of the objective.
+        load_LE: of the step before.
 
     Raises:
         NumericsError: when the gradient is not finite; no weight has changed then.
     """
+    parts, size = accumulate(engine, micro_batches, coefficients, load_LE)
+    top_k = engine.module.config.num_experts_per_tok
+    crossing = engine.sum(_crossing_rows(engine, parts)).item()
+    return StepResult(Parts.total(parts, engine.sum), int(size.tokens), top_k, engine.step(lr), crossing)
+
+
+def accumulate(
+    engine: Engine, micro_batches: list[Batch], coefficients: Coefficients, load_LE: Tensor
+) -> tuple[list[Parts], StepSize]:
+    """Computes the gradient of a step; returns this process's shares of its values, and its size."""
     engine.model.train()
-    size = _step_size(engine, micro_batches)
+    size = step_size(engine, micro_batches)
     done: list[Parts] = []
     for index, batch in enumerate(micro_batches):
         batch = engine.place(batch)
         output = predict(engine.model, batch, size.trained_tokens, routing=True)
-        parts = objective_parts(output, batch.token_mask, size, engine.sum, coefficients)
+        parts = objective_parts(output, batch, size, engine.sum, coefficients, load_LE)
         engine.backward(parts.loss(coefficients), last=index == len(micro_batches) - 1)
         done.append(parts.detached())
-    top_k = engine.module.config.num_experts_per_tok
-    return StepResult(Parts.total(done, engine.sum), int(size.tokens), top_k, engine.step(lr))
+    return done, size
 
 
-def _step_size(engine: Engine, micro_batches: list[Batch]) -> StepSize:
+def _crossing_rows(engine: Engine, parts: list[Parts]) -> Tensor:
+    """Counts the rows that this process sent to another's experts."""
+    counts_LE = torch.stack([part.statistics.counts_LE for part in parts]).sum(dim=0)
+    here = engine.experts(counts_LE.shape[-1])
+    return counts_LE.sum() - counts_LE[:, here.start : here.stop].sum()
+
+
+def step_size(engine: Engine, micro_batches: list[Batch]) -> StepSize:
+    """Counts the tokens of a step over all processes."""
     counts = torch.tensor(
         [
             sum(int(batch.token_mask.sum()) for batch in micro_batches),

@@ -6,20 +6,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mixtral import MixtralConfig, MixtralForCausalLM
 from train.config import ModelConfig
 from train.errors import ConfigError, MachineError
 
 
-def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> MixtralConfig:
-    """Translates the run's keys; the special tokens are the tokenizer's."""
+def model_config(config: ModelConfig, bos_token_id: int | None, eos_token_id: int | None) -> MixtralConfig:
+    """Translates the run's keys; the special tokens are its tokenizer's."""
     sizes = {name: value for name, value in dataclasses.asdict(config).items() if name != "attn_implementation"}
     return MixtralConfig(
         **sizes,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
         pad_token_id=None,  # a padding id would freeze that row of the embedding
         attn_implementation=config.attn_implementation,
     )

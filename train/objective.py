@@ -10,14 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mixtral import MixtralConfig
 from mixtral.heads import CausalLMOutput
 from mixtral.losses import (
     RouterStatistics,
+    document_load_balancing_loss,
     load_balancing_loss,
     pooled_load_balancing_loss,
     router_statistics,
     router_z_loss,
 )
+from train.config import Config
 from train.data.packing import Batch
 
 Reduce = Callable[[Tensor], Tensor]
@@ -45,6 +48,12 @@ class Coefficients:
     router_loss: float
     router_z_loss: float
     scope: str
+
+    @classmethod
+    def of(cls, config: Config) -> "Coefficients":
+        """Reads them from a run's configuration."""
+        train = config.train
+        return cls(config.model.router_aux_loss_coef, train.router_z_loss_coef, train.router_loss_scope)
 
 
 @dataclass
@@ -107,27 +116,40 @@ def predict(model: nn.Module, batch: Batch, divisor: Tensor | int, *, routing: b
 
 
 def objective_parts(
-    output: CausalLMOutput, token_mask: Tensor, step: StepSize, reduce: Reduce, coefficients: Coefficients
+    output: CausalLMOutput,
+    batch: Batch,
+    step: StepSize,
+    reduce: Reduce,
+    coefficients: Coefficients,
+    previous_load_LE: Tensor,
 ) -> Parts:
     """Computes this process's shares for one micro-step.
 
     Args:
         output: of `predict` with the divisor `step.trained_tokens` and `routing=True`.
-        token_mask: (B, S), false for padding.
+        batch: what it was predicted on.
         step: the size of the whole step.
         reduce: sums a tensor over the processes; called once with scope `global_batch`, else never.
         coefficients: weights and scope.
+        previous_load_LE: routed rows per token of each expert in the step before; see `uniform_load`.
     """
     assert output.loss is not None
     assert output.router_logits is not None
     assert output.expert_indices is not None
-    statistics = router_statistics(output.router_logits, output.expert_indices, token_mask)
-    tokens = token_mask.sum().to(statistics.counts_LE.dtype)
+    statistics = router_statistics(output.router_logits, output.expert_indices, batch.token_mask)
+    tokens = batch.token_mask.sum().to(statistics.counts_LE.dtype)
     if coefficients.scope == "global_batch":
         load = reduce(torch.cat([statistics.counts_LE.flatten(), tokens[None]]))
         counts_LE, micro_batch_tokens = load[:-1].view_as(statistics.counts_LE), load[-1]
         router = load_balancing_loss(counts_LE, statistics.probability_LE, micro_batch_tokens)
         router = router * (micro_batch_tokens / step.tokens)
+    elif coefficients.scope == "previous_step":
+        router = load_balancing_loss(previous_load_LE * step.tokens, statistics.probability_LE, step.tokens)
+    elif coefficients.scope == "document":
+        document_T = (batch.position_ids == 0).flatten().cumsum(dim=0) - 1
+        mask_T = batch.token_mask.flatten()
+        per_token = document_load_balancing_loss(output.router_logits, output.expert_indices, document_T, mask_T)
+        router = per_token / step.tokens
     else:
         router = pooled_load_balancing_loss(statistics, tokens) / step.parts
     return Parts(
@@ -136,3 +158,9 @@ def objective_parts(
         router_z_loss=router_z_loss(statistics.squared_lse_L, step.tokens),
         statistics=statistics,
     )
+
+
+def uniform_load(config: MixtralConfig, device: torch.device) -> Tensor:
+    """The load, in routed rows per token, that `previous_step` starts from: (L, E), all alike."""
+    shape = (config.num_hidden_layers, config.num_local_experts)
+    return torch.full(shape, config.num_experts_per_tok / config.num_local_experts, device=device)

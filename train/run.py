@@ -1,5 +1,7 @@
 """A run, from its configuration to its exit code: the table of contents of this package."""
 
+from collections.abc import Callable
+
 import torch
 
 from train.compose import Composed
@@ -18,9 +20,11 @@ from train.parallel.engine import Engine
 from train.parallel.layout import open_engine
 from train.setup import choose_folder, number_of_steps, quiet_libraries, signals_as_errors
 
+Work = Callable[[Engine, RunFolder | None, Config], str]
 
-def run(composed: Composed) -> int:
-    """Runs what was composed; returns the exit code, which `exit.json` holds as well."""
+
+def run(composed: Composed, work: Work | None = None) -> int:
+    """Does a verb's work, by default training; returns the exit code, which `exit.json` holds as well."""
     engine: Engine | None = None
     folder: RunFolder | None = None
     outcome = ("crash", 1, "ended without an error of its own")
@@ -29,7 +33,7 @@ def run(composed: Composed) -> int:
             quiet_libraries()
             engine = open_engine(composed.config)
             folder = choose_folder(engine, composed)
-            outcome = ("done", 0, run_in(engine, folder, composed.config))
+            outcome = ("done", 0, (work or training)(engine, folder, composed.config))
         except (UserError, StopSignal) as error:
             outcome = (error.reason, error.code, str(error))
             report(error)
@@ -44,7 +48,7 @@ def run(composed: Composed) -> int:
     return outcome[1]
 
 
-def run_in(engine: Engine, folder: RunFolder | None, config: Config) -> str:
+def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
     training, held_out = engine.first_on_each_host(lambda: open_documents(config.data))
     tokenizer = engine.on_main(lambda: open_tokenizer(config.data.tokenizer, config.model.vocab_size, training))
@@ -53,7 +57,7 @@ def run_in(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     data = engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
     max_steps = number_of_steps(config, data, engine.world_size)
 
-    model = empty_model(model_config(config.model, tokenizer))
+    model = empty_model(model_config(config.model, tokenizer.bos_token_id, tokenizer.eos_token_id))
     engine.prepare(model, lambda experts: initial_weights(model.config, config.run.seed, experts))
     torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
 

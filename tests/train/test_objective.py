@@ -35,9 +35,10 @@ def rows_of(batch, indices):
     return type(batch)(*(tensor[list(indices)] for tensor in batch))
 
 
-def step(model, batch, world, accumulation, coefficients):
+def step(model, batch, world, accumulation, coefficients, load=None):
     """Simulates a step of `world` processes; returns its total parts, its loss and every gradient."""
     model.zero_grad()
+    load = torch.linspace(0.1, 0.6, 24, dtype=torch.float64).view(3, 8) if load is None else load
     size = StepSize(
         tokens=batch.token_mask.sum(),
         trained_tokens=(batch.shifted_labels != IGNORE_INDEX).sum(),
@@ -58,10 +59,10 @@ def step(model, batch, world, accumulation, coefficients):
             return load
 
         for share, output in zip(shares, outputs, strict=True):
-            objective_parts(output, share.token_mask, size, gather, coefficients)
+            objective_parts(output, share, size, gather, coefficients, load)
         total = sum(loads) if loads else None
         for share, output in zip(shares, outputs, strict=True):
-            part = objective_parts(output, share.token_mask, size, lambda _, total=total: total, coefficients)
+            part = objective_parts(output, share, size, lambda _, total=total: total, coefficients, load)
             part.loss(coefficients).backward(retain_graph=True)
             loss += part.loss(coefficients).item()
             parts.append(part.detached())
@@ -97,6 +98,45 @@ def test_the_global_batch_router_loss_does_not_depend_on_the_number_of_processes
     assert_same(step(model, step_rows, world, accumulation, coefficients), whole)
 
 
+@pytest.mark.parametrize("scope", ["previous_step", "document"])
+@pytest.mark.parametrize(("world", "accumulation"), SPLITS + ACCUMULATED)
+def test_these_scopes_do_not_depend_on_accumulation_either(make_model, step_rows, world, accumulation, scope):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=0.7, router_z_loss=0.0, scope=scope)
+    whole = step(model, step_rows, 1, 1, coefficients)
+    assert_same(step(model, step_rows, world, accumulation, coefficients), whole)
+
+
+def test_the_previous_step_scope_with_this_steps_own_load_is_the_exact_loss(make_model, step_rows):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=1.0, router_z_loss=0.0, scope="previous_step")
+    tokens = step_rows.token_mask.sum()
+    statistics = step(model, step_rows, 1, 1, coefficients)[0].statistics
+    own = step(model, step_rows, 2, 2, coefficients, load=statistics.counts_LE / tokens)[0]
+    exact = load_balancing_loss(statistics.counts_LE, statistics.probability_LE, tokens)
+    assert own.router_objective.item() == pytest.approx(exact.item(), rel=1e-12)
+
+
+def test_the_document_scope_is_the_token_weighted_mean_of_the_documents_own_losses(make_model, step_rows):
+    model = make_model(torch.float64)
+    coefficients = Coefficients(router_loss=1.0, router_z_loss=0.0, scope="document")
+    total = step(model, step_rows, 2, 2, coefficients)[0]
+    expected, tokens = 0.0, 0
+    for row in range(ROWS):
+        starts = [at for at in range(8) if step_rows.position_ids[row, at] == 0]
+        for start, stop in itertools.pairwise([*starts, 8]):
+            if not step_rows.token_mask[row, start]:
+                continue
+            ids = step_rows.input_ids[row : row + 1, start:stop]
+            output = model(input_ids=ids, use_cache=False, output_routing=True)
+            statistics = router_statistics(output.router_logits, output.expert_indices)
+            loss = load_balancing_loss(statistics.counts_LE, statistics.probability_LE, ids.shape[1])
+            expected += loss.item() * ids.shape[1]
+            tokens += ids.shape[1]
+    assert tokens == step_rows.token_mask.sum()
+    assert total.router_objective.item() == pytest.approx(expected / tokens, rel=1e-10)
+
+
 @pytest.mark.parametrize(("world", "accumulation"), SPLITS + ACCUMULATED)
 def test_the_logged_router_loss_is_exact_however_the_step_is_split(make_model, step_rows, world, accumulation):
     model = make_model(torch.float64)
@@ -124,7 +164,8 @@ def test_the_huggingface_scope_is_the_published_loss(make_model, step_rows):
     batch = rows_of(step_rows, range(4))  # no padding in these
     coefficients = Coefficients(router_loss=1.0, router_z_loss=0.0, scope="huggingface")
     size = StepSize(batch.token_mask.sum(), torch.tensor(1), parts=1)
-    part = objective_parts(predict(model, batch, 1, routing=True), batch.token_mask, size, lambda x: x, coefficients)
+    output = predict(model, batch, 1, routing=True)
+    part = objective_parts(output, batch, size, lambda x: x, coefficients, torch.zeros(3, 8))
     published = model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, output_router_logits=True, use_cache=False
     ).aux_loss
@@ -161,7 +202,7 @@ def test_the_router_objective_has_its_scale_however_the_step_is_split(
         assert (gradients[name] - without[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("scope", ["global_batch", "huggingface"])
+@pytest.mark.parametrize("scope", ["global_batch", "previous_step", "document", "huggingface"])
 def test_the_router_gradient_is_linear_in_the_coefficient_and_not_zero(make_model, step_rows, scope):
     model = make_model(torch.float64)
     gates = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(3)]
@@ -175,9 +216,10 @@ def test_the_router_gradient_is_linear_in_the_coefficient_and_not_zero(make_mode
         assert torch.allclose(of_three, 3 * of_one, rtol=1e-8, atol=1e-14)
 
 
-def test_more_padding_changes_nothing(make_model, step_rows):
+@pytest.mark.parametrize("scope", ["global_batch", "previous_step", "document"])
+def test_more_padding_changes_nothing(make_model, step_rows, scope):
     model = make_model(torch.float64)
-    coefficients = Coefficients(router_loss=0.5, router_z_loss=0.2, scope="global_batch")
+    coefficients = Coefficients(router_loss=0.5, router_z_loss=0.2, scope=scope)
     assert not step_rows.token_mask[-1].all()
     padded = type(step_rows)(*(tensor.clone() for tensor in step_rows))
     padded.input_ids[~padded.token_mask] = 77  # whatever padding holds
@@ -198,10 +240,11 @@ def test_parts_add_up_in_any_order(make_model, step_rows):
     parts = [
         objective_parts(
             predict(model, rows_of(step_rows, range(start, start + 2)), 10, routing=True),
-            step_rows.token_mask[start : start + 2],
+            rows_of(step_rows, range(start, start + 2)),
             size,
             lambda tensor: tensor,
             coefficients,
+            torch.zeros(3, 8),
         ).detached()
         for start in range(0, ROWS, 2)
     ]

@@ -13,6 +13,7 @@ from mixtral import MixtralConfig
 from tests.train.helpers import metrics, run_small, write_corpus
 from train.config import Config
 from train.observe import plots
+from train.observe.alarms import CollapseAlarm
 from train.observe.hardware import named_peak
 from train.observe.progress import Progress, count, header
 
@@ -152,3 +153,18 @@ def test_the_follower_forwards_whole_lines_once(tmp_path):
         ),
         (2, {"step": 2, "loss": 3.5}),
     ]
+
+
+def test_a_layer_that_collapses_is_announced_once_and_so_is_its_recovery():
+    alarm = CollapseAlarm(top_k=2)
+    even, collapsed = [0.125] * 8, [0.0, 0.48, 0.01, 0.01, 0.0, 0.5, 0.0, 0.0]
+    assert alarm.hear(1, [even, even]) == []
+    lines = alarm.hear(2, [even, collapsed])
+    assert len(lines) == 1
+    assert "step 2: layer 1 sends 98% of its rows to the same 2 of 8 experts" in lines[0]
+    assert alarm.hear(3, [even, collapsed]) == []
+    assert alarm.hear(4, [even, even]) == ["step 4: layer 1 has recovered"]
+
+
+def test_a_layer_without_a_choice_raises_no_alarm():
+    assert CollapseAlarm(top_k=2).hear(1, [[0.5, 0.5]]) == []

@@ -9,6 +9,7 @@ import torch
 from mixtral import MixtralConfig
 from train.config import Config
 from train.folder import RunFolder
+from train.observe.alarms import CollapseAlarm
 from train.observe.hardware import peak_flops
 from train.observe.plots import draw
 from train.observe.progress import Progress
@@ -35,6 +36,7 @@ class Observer:
         self._in_bf16 = config.train.precision == "bf16"
         self._metrics = folder.open_metrics() if folder else None
         self._progress = Progress(max_steps) if folder else None
+        self._alarm = CollapseAlarm(model.num_experts_per_tok)
         self._tokens = self._new_tokens = 0
         self._seconds = self._waited = 0.0
         self.last: dict[str, Any] = {}
@@ -80,6 +82,8 @@ class Observer:
         if self._metrics and self._progress:
             self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
             self._progress.show(row)
+            for line in self._alarm.hear(step, row["expert_load"]) if "expert_load" in row else ():
+                self._progress.say(line)
             if "eval_loss" in row and self._folder:
                 draw(self._folder)
         if self._tracker:

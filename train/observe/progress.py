@@ -69,12 +69,19 @@ class Progress:
             if parts:
                 self._bar.set_postfix_str(", ".join(parts))
             if held_out:
-                self._bar.write(f"step {row['step']}: {held_out}", file=sys.stderr)
+                self.say(f"step {row['step']}: {held_out}")
             return
         if self._done:
             left = self._seconds / self._done * (self._max_steps - self._done)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         print("  ".join([f"step {row['step']}/{self._max_steps}", *filter(None, [held_out]), *parts]), flush=True)
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, flush=True)
 
     def close(self) -> None:
         """Ends the bar."""

@@ -3,8 +3,8 @@
 import datetime
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from mixtral import MixtralForCausalLM
+from mixtral.weights.names import is_stacked
 from train.config import Config
 from train.data.packing import Batch
 from train.errors import MachineError, UserError
@@ -22,6 +23,7 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # one process may tokenize a corpus while the others wait
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+Kind = Literal["weights", "masters", "gradients"]
 Weights = Callable[[range], Iterator[tuple[str, Tensor]]]
 
 
@@ -45,6 +47,7 @@ class Engine(ABC):
     Attributes:
         rank, world_size: this process's number and how many there are.
         device: where the model and the batches live.
+        expert_ranks: over how many consecutive processes each layer's experts are split.
         module: the model itself, with this rank's experts; `model` is the same, wrapped for training.
     """
 
@@ -61,6 +64,7 @@ class Engine(ABC):
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise MachineError(f"the processes cannot meet at {address}: {str(error).splitlines()[0]}") from None
+        self.expert_ranks = config.parallel.expert
         self.dtype = DTYPES[config.train.precision]
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -71,9 +75,11 @@ class Engine(ABC):
         """Whether this is the process that writes files and speaks to the user."""
         return self.rank == 0
 
-    @abstractmethod
     def experts(self, count: int) -> range:
         """Gives those of `count` experts per layer that this process holds."""
+        each = count // self.expert_ranks
+        first = self.rank % self.expert_ranks * each
+        return range(first, first + each)
 
     @abstractmethod
     def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
@@ -90,7 +96,7 @@ class Engine(ABC):
 
         Args:
             loss: this process's part of a loss that is the sum of all processes' parts.
-            last: whether the optimizer step follows.
+            last: whether the optimizer step follows; the gradient is then that of all processes.
         """
 
     @abstractmethod
@@ -108,8 +114,37 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def pieces(self) -> Iterator[Piece]:
-        """Yields the whole model to the main process, piece by piece; every process must go through it."""
+    def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        """Yields this process's weights with its experts, each whole while it is looked at.
+
+        Or their masters, which the optimizer updates, or their gradients.
+
+        Every process must go through it; gradients are there between the last `backward` and `step`.
+        """
+
+    def pieces(self, kind: Kind = "weights") -> Iterator[Piece]:
+        """Yields the whole model, or its gradient, to the main process; every process must go through it."""
+        return self.whole(self.local(kind))
+
+    def whole(self, local: Iterable[tuple[str, Tensor]]) -> Iterator[Piece]:
+        """Yields whole what each process holds with its own experts alone; every process must go through it."""
+        for name, values in local:
+            if not is_stacked(name):
+                yield Piece(name, None, values if self.is_main else None)
+                continue
+            for owner in range(self.expert_ranks):
+                for index in range(len(values)):
+                    expert = self._expert_of(owner, values[index])
+                    yield Piece(name, owner * len(values) + index, expert if self.is_main else None)
+
+    def _expert_of(self, owner: int, mine: Tensor) -> Tensor:
+        """Moves an expert's values to the main process from that of the first group that holds them."""
+        if owner > 0 and self.is_main:
+            mine = torch.empty_like(mine)
+            dist.recv(mine, src=owner)
+        elif owner > 0 and self.rank == owner:
+            dist.send(mine.contiguous(), dst=0)
+        return mine
 
     def place(self, batch: Batch) -> Batch:
         """Moves a batch to the device, in the form that the attention backend keeps documents apart in."""

@@ -8,6 +8,7 @@ import copy
 
 import deepspeed.module_inject.auto_ep_layer as deepspeed_moe
 import torch
+import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -97,3 +98,9 @@ def split_experts(model: nn.Module, config: MixtralConfig, ranks: int, rank: int
             if isinstance(child, SparseMoeBlock):
                 with torch.device(child.gate.weight.device):
                     setattr(parent, name, ExpertParallelBlock(config, ranks, rank))
+
+
+def expert_groups(ranks: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Gives this rank's two groups: those that share a layer's experts out, and those that hold the same ones."""
+    name = f"ep_size_{ranks}"
+    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)

@@ -9,11 +9,10 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 from torch import Tensor
 
 from mixtral import MixtralForCausalLM
-from mixtral.weights.names import is_stacked
 from train.config import Config
 from train.errors import ConfigError, NumericsError
 from train.optim import MasterWeights, build_optimizer
-from train.parallel.engine import Engine, Piece, Weights, fill
+from train.parallel.engine import Engine, Kind, Weights, fill
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -37,9 +36,6 @@ class ReplicatedEngine(Engine):
             )
         self._config = config.optim
 
-    def experts(self, count: int) -> range:
-        return range(count)
-
     def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
         for _ in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
             pass
@@ -57,13 +53,17 @@ class ReplicatedEngine(Engine):
             self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
         if self._masters is not None:
             self._masters.collect_gradients()
+            if last and self.world_size > 1:
+                gradients = self._gradients()
+                for pending in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                    pending.wait()
+                torch._foreach_div_(gradients, self.world_size)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def step(self, lr: float) -> float:
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        if self._masters is not None and self.world_size > 1:
-            for pending in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                pending.wait()
-            torch._foreach_div_(gradients, self.world_size)
+        gradients = self._gradients()
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             raise NumericsError.of_gradient(norm.item())
@@ -77,10 +77,10 @@ class ReplicatedEngine(Engine):
             self._masters.publish()
         return norm.item()
 
-    def pieces(self) -> Iterator[Piece]:
-        for name, parameter in self.module.named_parameters():
-            if is_stacked(name):
-                for expert, tensor in enumerate(parameter.detach()):
-                    yield Piece(name, expert, tensor if self.is_main else None)
+    def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        masters = None if self._masters is None or kind == "weights" else self._masters.by_name.items()
+        for name, parameter in masters or self.module.named_parameters():
+            if kind != "gradients":
+                yield name, parameter.detach()
             else:
-                yield Piece(name, None, parameter.detach() if self.is_main else None)
+                yield name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

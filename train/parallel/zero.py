@@ -6,10 +6,9 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from accelerate import DeepSpeedPlugin
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import groups
+from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from mixtral import MixtralForCausalLM
@@ -17,7 +16,7 @@ from mixtral.weights.names import is_stacked
 from train.config import Config
 from train.errors import NumericsError
 from train.optim import build_optimizer
-from train.parallel.engine import Engine, Piece, Weights, fill
+from train.parallel.engine import Engine, Kind, Weights, fill
 from train.parallel.expert import mark_as_split, split_experts
 
 
@@ -57,22 +56,16 @@ class ZeroEngine(Engine):
             mixed_precision="bf16" if config.train.precision == "bf16" else "no",
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=self._deepspeed_config),
         )
-        self._ranks = config.parallel.expert
-        if self._ranks > 1:
-            groups._create_expert_and_data_parallel(self._ranks)
-
-    def experts(self, count: int) -> range:
-        each = count // self._ranks
-        first = self.rank % self._ranks * each
-        return range(first, first + each)
+        if self.expert_ranks > 1:
+            groups._create_expert_and_data_parallel(self.expert_ranks)
 
     def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
-        if self._ranks > 1:
-            split_experts(model, model.config, self._ranks, self.rank % self._ranks)
+        if self.expert_ranks > 1:
+            split_experts(model, model.config, self.expert_ranks, self.rank % self.expert_ranks)
         self._fill(model, weights)
         parameters = dict(model.named_parameters())
         optimizer = build_optimizer(parameters, self._config.optim)
-        if self._ranks > 1:
+        if self.expert_ranks > 1:
             named = [{"name": f"group-{index}"} | group for index, group in enumerate(optimizer.param_groups)]
             optimizer.param_groups = split_params_into_different_moe_groups_for_optimizer(named)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -82,8 +75,8 @@ class ZeroEngine(Engine):
         """Materialises the parameters one by one; at stage 3 each is partitioned before the next one comes."""
         convert = None
         for name, parameter in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
-            if self._ranks > 1 and is_stacked(name):
-                mark_as_split(parameter, self._ranks)
+            if self.expert_ranks > 1 and is_stacked(name):
+                mark_as_split(parameter, self.expert_ranks)
             if self._config.parallel.zero < 3:
                 continue
             if convert is None:
@@ -107,24 +100,14 @@ class ZeroEngine(Engine):
             raise NumericsError.of_gradient(float("nan"))
         return float(self.model.get_global_grad_norm())
 
-    def pieces(self) -> Iterator[Piece]:
+    def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        door = {"gradients": safe_get_full_grad, "masters": safe_get_full_fp32_param}.get(kind)
         for name, parameter in self.module.named_parameters():
+            if door is not None:
+                values = door(parameter)
+                assert values is not None, f"{name} has no {kind}"
+                yield name, values
+                continue
             partitioned = hasattr(parameter, "ds_id")
             with deepspeed.zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
-                values = parameter.detach()
-                if is_stacked(name):
-                    yield from self._experts_of_all(name, values)
-                else:
-                    yield Piece(name, None, values if self.is_main else None)
-
-    def _experts_of_all(self, name: str, mine: Tensor) -> Iterator[Piece]:
-        """Yields every expert of a stacked parameter, sent by the rank of the first group that holds it."""
-        for owner in range(self._ranks):
-            for index in range(len(mine)):
-                tensor = mine[index] if self.is_main else None
-                if owner > 0 and self.is_main:
-                    tensor = torch.empty_like(mine[index])
-                    dist.recv(tensor, src=owner)
-                elif owner > 0 and self.rank == owner:
-                    dist.send(mine[index].contiguous(), dst=0)
-                yield Piece(name, owner * len(mine) + index, tensor)
+                yield name, parameter.detach()

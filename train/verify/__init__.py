@@ -1,0 +1,1 @@
+"""Proof that a layout trains what one process would."""

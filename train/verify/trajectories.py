@@ -1,0 +1,152 @@
+"""The same steps taken by the reference and by one process: what a layout is compared with."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixtral import MixtralConfig, MixtralForCausalLM
+from mixtral.losses import load_balancing_loss
+from mixtral.ops.cross_entropy import IGNORE_INDEX
+from train.config import Config
+from train.data.packing import Batch, Row, make_row, stack
+from train.model import initial_weights
+from train.objective import Coefficients, Parts, StepSize, objective_parts, predict, uniform_load
+from train.optim import MasterWeights
+from train.verify.compare import Values
+from train.verify.reference import objective
+
+STEPS, LR, ROUTER_SKEW = 2, 8.0, 10.0
+
+
+@dataclass
+class Step:
+    """What a step should come to: scalars and, by parameter name, gradients and the masters after it."""
+
+    loss: float
+    router_loss: float
+    grad_norm: float
+    gradients: Values
+    masters: Values
+    gap: float = math.inf
+
+
+def make_batches(config: Config, processes: int, seed: int) -> list[list[list[Batch]]]:
+    """Draws the batches of each step as `[step][micro-step][process]`: packed documents of unequal length.
+
+    The last row of a step is padding alone, and some labels are not trained.
+    """
+    draw = np.random.default_rng(seed)
+    train, length = config.train, config.data.sequence_length
+
+    def row(*, empty: bool) -> Row:
+        pieces = []
+        left = 0 if empty else length - int(draw.integers(0, length // 4))
+        while left > 0:
+            size = min(left, int(draw.integers(1, length)))
+            ids = draw.integers(0, config.model.vocab_size, size + 1)
+            pieces.append((ids[:-1], np.where(draw.random(size) < 0.1, IGNORE_INDEX, ids[1:])))
+            left -= size
+        return make_row(pieces, length)
+
+    def batch(*, last: bool) -> Batch:
+        return stack([row(empty=last and index > 0) for index in range(train.micro_batch_size)])
+
+    return [
+        [
+            [
+                batch(last=micro == train.gradient_accumulation_steps - 1 and process == processes - 1)
+                for process in range(processes)
+            ]
+            for micro in range(train.gradient_accumulation_steps)
+        ]
+        for _ in range(STEPS)
+    ]
+
+
+def skewed_weights(config: MixtralConfig, seed: int, experts: range) -> Iterator[tuple[str, Tensor]]:
+    """Draws weights whose routers are decided and unequal, so that a wrong scale or load shows."""
+    for name, tensor in initial_weights(config, seed, experts):
+        yield name, tensor * ROUTER_SKEW if ".gate." in name else tensor
+
+
+def expected_steps(
+    config: Config, model: MixtralConfig, batches: list[list[list[Batch]]], dtype: torch.dtype, seed: int
+) -> tuple[Values, list[Step]]:
+    """Takes the steps in fp64, by `train.reference`; returns the first masters too."""
+    masters = {
+        name: tensor.to(dtype).double() for name, tensor in skewed_weights(model, seed, range(model.num_local_experts))
+    }
+    start, steps = masters, []
+    load_LE = uniform_load(model, torch.device("cpu")).double()
+    for micro_steps in batches:
+        weights = {name: tensor.to(dtype).double().requires_grad_() for name, tensor in masters.items()}
+        figures = objective(weights, model, micro_steps, Coefficients.of(config), load_LE)
+        gradients = dict(zip(weights, torch.autograd.grad(figures.objective, list(weights.values())), strict=True))
+        masters, norm = descend(masters, gradients, config)
+        load_LE = figures.load_LE
+        steps.append(Step(figures.loss.item(), figures.router_loss.item(), norm, gradients, masters, figures.gap))
+    return start, steps
+
+
+def descend(masters: Values, gradients: Values, config: Config) -> tuple[Values, float]:
+    """Takes a clipped step of gradient descent; returns the new masters and the gradient's norm."""
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+    limit = config.optim.max_grad_norm
+    scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+    return {name: master - LR * scale * gradients[name] for name, master in masters.items()}, norm
+
+
+def plain_steps(
+    config: Config, model: MixtralForCausalLM, batches: list[list[list[Batch]]], device: torch.device
+) -> list[Step]:
+    """Takes the steps in one process, in the model's own precision and kernels: the rounding that precision costs."""
+    masters = MasterWeights(model)
+    model.to(device).train()
+    load_LE, found = uniform_load(model.config, device), []
+    for micro_steps in batches:
+        total, tokens = _accumulate(config, model, masters, micro_steps, load_LE)
+        statistics = total.statistics
+        load_LE = (statistics.counts_LE / tokens).float()
+        before = {name: master.detach().cpu().double() for name, master in masters.by_name.items()}
+        gradients = {
+            name: torch.zeros_like(before[name]) if master.grad is None else master.grad.cpu().double()
+            for name, master in masters.by_name.items()
+        }
+        after, norm = descend(before, gradients, config)
+        with torch.no_grad():
+            for name, master in masters.by_name.items():
+                master.copy_(after[name])
+                master.grad = None
+        masters.publish()
+        router_loss = load_balancing_loss(statistics.counts_LE, statistics.probability_LE, tokens).item()
+        found.append(Step(total.cross_entropy.item(), router_loss, norm, gradients, after))
+    return found
+
+
+def _accumulate(
+    config: Config,
+    model: MixtralForCausalLM,
+    masters: MasterWeights,
+    micro_steps: list[list[Batch]],
+    load_LE: Tensor,
+) -> tuple[Parts, int]:
+    """Adds up the gradient of a step in the masters; returns its values and its tokens."""
+    everything = [batch for micro_step in micro_steps for batch in micro_step]
+    tokens = torch.stack([batch.token_mask.sum() for batch in everything]).sum()
+    trained = torch.stack([(batch.shifted_labels != IGNORE_INDEX).sum() for batch in everything]).sum()
+    size = StepSize(tokens.to(load_LE.device), trained.to(load_LE.device), parts=len(everything))
+    coefficients, done = Coefficients.of(config), []
+    for micro_step in micro_steps:
+        joined = [Batch(*map(torch.cat, zip(*micro_step, strict=True)))]
+        for batch in micro_step if coefficients.scope == "huggingface" else joined:
+            batch = batch.to(load_LE.device)
+            output = predict(model, batch, size.trained_tokens, routing=True)
+            parts = objective_parts(output, batch, size, lambda tensor: tensor, coefficients, load_LE)
+            parts.loss(coefficients).backward()
+            masters.collect_gradients()
+            done.append(parts.detached())
+    return Parts.total(done, lambda tensor: tensor), int(tokens)

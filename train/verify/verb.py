@@ -1,0 +1,210 @@
+"""`cierzo verify`: does this layout train what one process would? Two SGD steps, compared tensor by tensor."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mixtral import MixtralConfig
+from mixtral.losses import load_balancing_loss
+from mixtral.weights.names import is_stacked
+from train.config import Config
+from train.data.packing import Batch
+from train.errors import NumericsError
+from train.export import write_weights
+from train.folder import RunFolder
+from train.loop import accumulate, step_size
+from train.model import empty_model, model_config
+from train.objective import Coefficients, Parts, uniform_load
+from train.parallel.engine import Engine, Piece, fill
+from train.parallel.proof import Proof
+from train.verify.compare import Bounds, Comparison, Values, table
+from train.verify.trajectories import LR, STEPS, Step, expected_steps, make_batches, plain_steps, skewed_weights
+
+BOUND_FP64, BOUND_FP32, BF16_STEP = 1e-10, 1e-5, 2**-8
+LEAST_GAP = 1e-4  # between routers' logits: what lies closer, rounding chooses between
+ATTEMPTS = 20
+
+
+def shrink(config: Config) -> None:
+    """Turns a recipe into its proof: plain SGD, clipping at work, nothing random, and small unless `verify.full`."""
+    model = config.model
+    model.attention_dropout = model.router_jitter_noise = 0.0
+    config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.0, 0.5
+    if config.verify.full:
+        return
+    shared = model.num_attention_heads // model.num_key_value_heads
+    model.num_attention_heads, model.num_key_value_heads = 4, {1: 4, 2: 2, 4: 1}.get(min(shared, 4), 2)
+    model.hidden_size, model.intermediate_size, model.head_dim = 64, 48, None
+    model.num_hidden_layers, model.vocab_size = min(model.num_hidden_layers, 2), 128
+    config.data.sequence_length, config.train.micro_batch_size = 48, min(config.train.micro_batch_size, 2)
+    model.sliding_window = None if model.sliding_window is None else 8
+
+
+class Verification:
+    """A layout's steps beside the reference's.
+
+    Args:
+        engine: of the layout.
+        config: shrunk.
+
+    Attributes:
+        comparison: what was found; on the main process.
+    """
+
+    def __init__(self, engine: Engine, config: Config) -> None:
+        self._engine, self._config = engine, config
+        self._model = model_config(config.model, None, None)
+        self._coefficients = Coefficients.of(config)
+        self._start: Values = {}
+        self._expected = [Step(math.nan, math.nan, math.nan, {}, {})] * STEPS  # known to the main process alone
+        self._seed = engine.on_main(self._find_seed)
+        batches = make_batches(config, engine.world_size, self._seed)
+        self._mine = [[micro_step[engine.rank] for micro_step in step] for step in batches]
+        self._bounds = engine.on_main(lambda: self._find_bounds(batches))
+        self.comparison = Comparison()
+
+    def _weights(self, experts: range) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in skewed_weights(self._model, self._seed, experts):
+            yield name, tensor.to(self._engine.dtype)
+
+    def _find_seed(self) -> int:
+        """Takes the steps in the reference; with another seed where routing would hang on rounding."""
+        first = self._config.run.seed
+        for seed in range(first, first + ATTEMPTS):
+            batches = make_batches(self._config, self._engine.world_size, seed)
+            self._start, self._expected = expected_steps(self._config, self._model, batches, self._engine.dtype, seed)
+            if min(step.gap for step in self._expected) >= LEAST_GAP:
+                break
+        return seed
+
+    def _find_bounds(self, batches: list[list[list[Batch]]]) -> Bounds:
+        """Measures how far one process in the recipe's precision is off the reference; in fp32 the bound is fixed."""
+        if self._engine.dtype is not torch.bfloat16:
+            return Bounds(BOUND_FP32)
+        model = empty_model(self._model)
+        for _ in fill(model, self._weights(range(self._model.num_local_experts)), torch.bfloat16):
+            pass
+        steps = plain_steps(self._config, model, batches, self._engine.device)
+        unbounded, plain = Bounds(math.inf), Comparison()
+        for number, (got, wanted) in enumerate(zip(steps, self._expected, strict=True), start=1):
+            step = f"step {number}"
+            for name in ("loss", "router_loss", "grad_norm"):
+                plain.scalar(f"{step}/{name}", "number", getattr(got, name), getattr(wanted, name), unbounded)
+            plain.pieces(f"{step} gradient", "", split(got.gradients), wanted.gradients, unbounded)
+            plain.pieces(f"{step} update", "", split(got.masters), wanted.masters, unbounded, self._start)
+        plain.pieces("export", "", split(rounded(steps[-1].masters)), rounded(self._expected[-1].masters), unbounded)
+        # a single number may be right by chance
+        errors = {row.name: max(row.max_rel, BF16_STEP / 2 if row.kind == "number" else 0.0) for row in plain.rows}
+        return Bounds(BOUND_FP32, errors)
+
+    def prove(self) -> None:
+        """Compares the mathematics of the first step: dispatch, losses, gradients and clipping, in fp64."""
+        proof = Proof(self._engine, empty_model(self._model), self._weights)
+        size = step_size(self._engine, self._mine[0])
+        load_LE = uniform_load(self._model, self._engine.device).double()
+        total = proof.step(self._mine[0], size, self._coefficients, load_LE)
+        norm, pieces, bounds = proof.norm(), proof.gradients(), Bounds(BOUND_FP64)
+        wanted, compare = self._expected[0], self.comparison
+        compare.scalar("fp64/loss", "fp64 loss", total.cross_entropy.item(), wanted.loss, bounds)
+        compare.scalar("fp64/router_loss", "fp64 loss", _router_loss(total, size.tokens), wanted.router_loss, bounds)
+        compare.scalar("fp64/grad_norm", "fp64 norm", norm, wanted.grad_norm, bounds)
+        compare.pieces("fp64 gradient", "fp64 gradient", pieces, wanted.gradients, bounds)
+
+    def train(self) -> None:
+        """Compares the engine's steps: losses, gradients, norm and masters."""
+        engine, bounds, compare = self._engine, self._bounds, self.comparison
+        engine.prepare(empty_model(self._model), self._weights)
+        load_LE = uniform_load(self._model, engine.device)
+        for number, (micro_batches, wanted) in enumerate(zip(self._mine, self._expected, strict=True), start=1):
+            parts, size = accumulate(engine, micro_batches, self._coefficients, load_LE)
+            total = Parts.total(parts, engine.sum)
+            load_LE = (total.statistics.counts_LE / size.tokens).float()
+            step = f"step {number}"
+            compare.scalar(f"{step}/loss", "loss", total.cross_entropy.item(), wanted.loss, bounds)
+            router_loss = _router_loss(total, size.tokens)
+            compare.scalar(f"{step}/router_loss", "router loss", router_loss, wanted.router_loss, bounds)
+            compare.pieces(f"{step} gradient", "gradient", engine.pieces("gradients"), wanted.gradients, bounds)
+            compare.scalar(f"{step}/grad_norm", "gradient norm", engine.step(LR), wanted.grad_norm, bounds)
+            masters = engine.pieces("masters")
+            compare.pieces(f"{step} update", "update", masters, wanted.masters, bounds, start=self._start)
+
+    def export(self, folder: Path | None) -> None:
+        """Compares the files that an export writes, by the hub's names."""
+        pieces = self._engine.pieces()
+        if folder is None:
+            for _ in pieces:
+                pass
+            return
+        folder.mkdir(exist_ok=True)
+        write_weights(folder, self._model, pieces, self._engine.dtype)
+        files = load_file(folder / "model.safetensors")
+        least = BOUND_FP32 if self._engine.dtype is torch.float32 else BF16_STEP
+        bounds = Bounds(least, self._bounds.plain)
+        wanted = rounded(self._expected[-1].masters, self._engine.dtype)
+        self.comparison.pieces("export", "export", _by_hub_name(files, self._model), wanted, bounds)
+
+
+def rounded(masters: Values, dtype: torch.dtype = torch.bfloat16) -> Values:
+    """Rounds masters as the weights are rounded."""
+    return {name: master.to(dtype).double() for name, master in masters.items()}
+
+
+def split(values: Values) -> Iterator[Piece]:
+    """Takes stacked parameters apart, expert by expert."""
+    for name, tensor in values.items():
+        if is_stacked(name):
+            yield from (Piece(name, expert, part) for expert, part in enumerate(tensor))
+        else:
+            yield Piece(name, None, tensor)
+
+
+def _router_loss(total: Parts, tokens: Tensor) -> float:
+    return load_balancing_loss(total.statistics.counts_LE, total.statistics.probability_LE, tokens).item()
+
+
+def _by_hub_name(files: Values, model: MixtralConfig) -> Iterator[Piece]:
+    """Reads the published names, as any other program would."""
+    for name, tensor in files.items():
+        if ".experts." not in name:
+            yield Piece(name.replace("block_sparse_moe", "mlp"), None, tensor)
+    for layer in range(model.num_hidden_layers):
+        for expert in range(model.num_local_experts):
+            on_disk = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+            gate, down, up = (files[f"{on_disk}w{number}.weight"] for number in (1, 2, 3))
+            in_memory = f"model.layers.{layer}.mlp.experts."
+            yield Piece(f"{in_memory}gate_up_proj", expert, torch.cat([gate, up]))
+            yield Piece(f"{in_memory}down_proj", expert, down)
+
+
+def verify(engine: Engine, folder: RunFolder | None, config: Config) -> str:
+    """Compares a layout with one process, prints the table and writes `certificate.json`.
+
+    Raises:
+        NumericsError: on every process, when a row is out of its bound.
+    """
+    verification = Verification(engine, config)
+    verification.prove()
+    verification.train()
+    verification.export(folder.path / "export" if folder else None)
+    rows = verification.comparison.rows
+
+    def conclude() -> None:
+        assert folder is not None
+        ok = all(row.ok for row in rows)
+        layout = {"processes": engine.world_size, "expert": config.parallel.expert, "zero": config.parallel.zero}
+        layout["accumulation"] = config.train.gradient_accumulation_steps
+        described = {"ok": ok, "layout": layout, "dtype": config.train.precision}
+        folder.write_json("certificate.json", described | {"rows": [asdict(row) for row in rows]})
+        print(", ".join(f"{name} {value}" for name, value in layout.items()), config.train.precision, sep=", ")
+        print(table(rows))
+        if not ok:
+            raise NumericsError("this layout does not train what one process would: see the rows that do not hold")
+        print(f"verified: {len(rows)} comparisons hold, written to {folder.path / 'certificate.json'}")
+
+    engine.on_main(conclude)
+    return "verified"
