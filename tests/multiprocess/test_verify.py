@@ -1,0 +1,64 @@
+"""The certificate holds for right layouts, and does not for planted faults."""
+
+import pytest
+
+from tests.multiprocess.faulty_verify import FAULTS
+from tests.train.helpers import launch, read_json, torchrun
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+LAYOUTS = {
+    "ZeRO-1": (2, ["parallel.expert=2", "parallel.zero=1"]),
+    "ZeRO-2": (2, ["parallel.expert=2", "parallel.zero=2", "train.gradient_accumulation_steps=3"]),
+    "ZeRO-3": (2, ["parallel.expert=2", "parallel.zero=3", "train.router_loss_scope=document"]),
+    "without experts split": (2, ["parallel.zero=2", "train.router_loss_scope=huggingface"]),
+    "replicated": (2, ["train.gradient_accumulation_steps=3"]),
+    "EP 2 x DP 2": (4, ["parallel.expert=2", "parallel.zero=1", "train.gradient_accumulation_steps=3"]),
+    "EP 4": (4, ["parallel.expert=4", "parallel.zero=3", "train.router_loss_scope=previous_step"]),
+    "bf16, ZeRO-1": (2, ["parallel.expert=2", "parallel.zero=1", "train.precision=bf16"]),
+    "bf16, EP 2 x DP 2": (4, ["parallel.expert=2", "parallel.zero=2", "train.precision=bf16"]),
+    "bf16, ZeRO-3": (
+        2,
+        ["parallel.expert=2", "parallel.zero=3", "train.precision=bf16", "train.gradient_accumulation_steps=3"],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_what_one_process_would(tmp_path, layout):
+    processes, words = LAYOUTS[layout]
+    done = launch([*torchrun(processes), "-m", "train.verify"], "recipe=demo", f"run.dir={tmp_path}", *words)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    certificate = read_json(tmp_path / "certificate.json")
+    assert certificate["ok"]
+    assert len(certificate["rows"]) == 135
+    for row in certificate["rows"]:
+        if row["kind"].startswith("fp64"):
+            assert row["max_rel"] <= row["bound"] == 1e-10
+        elif certificate["dtype"] == "fp32" and row["kind"].startswith(("gradient", "loss", "router", "export")):
+            assert row["max_rel"] <= row["bound"] == 1e-5
+
+
+SEEN_BY = {
+    "expert_gradients_times_ranks": {"gradient:expert", "gradient norm"},
+    "router_gradient_not_reduced": {"gradient:router"},
+    "norm_averaged_over_ranks": {"gradient norm", "update:dense", "update:expert"},
+    "router_loss_times_world": {"fp64 gradient:router", "gradient:router"},
+    "experts_swapped_in_export": {"export:expert"},
+    "window_off_by_one": {"fp64 gradient:dense", "gradient:dense"},
+    "packed_row_sees_its_neighbour": {"fp64 gradient:dense", "gradient:dense"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_named(tmp_path, fault):
+    words = ["recipe=demo", "parallel.expert=2", "parallel.zero=2", f"run.dir={tmp_path}"]
+    if fault == "window_off_by_one":
+        words.append("model.sliding_window=16")
+    done = launch([*torchrun(2), "-m", "tests.multiprocess.faulty_verify", fault], *words)
+    assert done.returncode != 0
+    assert "exitcode  : 5" in done.stderr, done.stderr[-2000:]
+    certificate = read_json(tmp_path / "certificate.json")
+    assert not certificate["ok"]
+    assert {row["kind"] for row in certificate["rows"] if not row["ok"]} >= SEEN_BY[fault]
+    assert read_json(tmp_path / "exit.json")["code"] == 5
