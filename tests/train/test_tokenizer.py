@@ -1,11 +1,16 @@
 """Tokenizers: Mixtral's own against sentencepiece, the trained one against the text itself."""
 
 import importlib.resources
+import random
 import subprocess
 import sys
 
 import pytest
 from datasets import Dataset
+from jinja2 import TemplateError
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -13,7 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from train.config import DataConfig
 from train.data.sources import load_documents
-from train.data.tokenizer import document_ids, mixtral_tokenizer, open_tokenizer, train_bpe
+from train.data.tokenizer import (
+    add_instruct_template,
+    document_ids,
+    mixtral_tokenizer,
+    open_tokenizer,
+    sentencepiece_tokenizer,
+    train_bpe,
+)
 from train.errors import ConfigError, MachineError
 
 AWKWARD = [
@@ -109,3 +121,82 @@ def test_a_tokenizer_that_is_nowhere_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "data.tokenizer=nobody/nothing: no such folder, and not to be had from the hub" in done.stdout, done.stderr
     assert MachineError.code == 6
+
+
+@pytest.fixture(scope="module")
+def instruct():
+    tokenizer = mixtral_tokenizer()
+    add_instruct_template(tokenizer)
+    return tokenizer
+
+
+def conversations(count):
+    """Random chats of pieces of text that tokenizers trip over, without the marks that a template cannot carry."""
+    rng = random.Random(0)
+    pieces = [text for text in AWKWARD if text and "<s>" not in text]
+    pieces += ["a", " ", "\n", "[INST]", "[/INST]", "Why is the sky blue?", "def f(x):\n    return x", "0.5", "▁", "ß"]
+    messages = {"user": UserMessage, "assistant": AssistantMessage}
+    for index in range(count):
+        chat = [SystemMessage(content=rng.choice(pieces))] if index % 3 == 0 else []
+        for turn in range(2 * rng.randint(0, 3) + 1):
+            text = "".join(rng.choices(pieces, k=rng.randint(1, 3)))
+            chat.append(messages["assistant" if turn % 2 else "user"](content=text))
+        yield chat
+
+
+def test_the_instruct_template_gives_the_ids_of_mistral_common(instruct):
+    reference = MistralTokenizer.v1()
+    for chat in conversations(1000):
+        expected = reference.encode_chat_completion(ChatCompletionRequest(messages=chat)).tokens
+        found = instruct.apply_chat_template([{"role": m.role, "content": m.content} for m in chat])
+        assert found["input_ids"] == expected, chat
+
+
+def test_the_assistant_mask_covers_each_answer_and_its_end_and_nothing_else(instruct):
+    pieces = MistralTokenizer.v1().instruct_tokenizer.tokenizer
+    for chat in conversations(300):
+        messages = [{"role": m.role, "content": m.content} for m in chat]
+        messages.append({"role": "assistant", "content": "  an answer\n"})
+        found = instruct.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        trained = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert trained == [token for text in answers for token in [*pieces.encode(text, bos=False, eos=False), 2]]
+
+
+@pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["system", "assistant"], ["user", "system"]])
+def test_roles_out_of_order_are_refused(instruct, roles):
+    with pytest.raises(TemplateError, match="roles must be user, assistant, user"):
+        instruct.apply_chat_template([{"role": role, "content": "x"} for role in roles])
+
+
+def test_a_base_model_has_no_chat_template_and_an_instruct_one_is_reloaded_exactly(mixtral, instruct, tmp_path):
+    assert mixtral.chat_template is None
+    instruct.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == instruct.chat_template
+    for chat in conversations(50):
+        messages = [{"role": m.role, "content": m.content} for m in chat]
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        assert again.apply_chat_template(messages, **options) == instruct.apply_chat_template(messages, **options)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_later_releases_tokenizers_are_built_id_for_id_and_refuse_the_first_ones_template(corpus, version):
+    folder = importlib.resources.files("mistral_common") / "data"
+    (path,) = [path for path in folder.iterdir() if path.name.endswith(f".model.{version}")]
+    tokenizer = sentencepiece_tokenizer(path.read_bytes())
+    pieces = SentencePieceProcessor(model_proto=path.read_bytes())
+    assert len(tokenizer) == 32768
+    texts = [*AWKWARD, *(text[:500] for text in corpus["text"])]
+    for text, ids in zip(texts, document_ids(tokenizer, texts), strict=True):
+        assert ids == [1, *pieces.encode(text), 2], text
+    assert tokenizer.convert_tokens_to_ids("[INST]") == pieces.piece_to_id("[INST]") == 3
+    assert 3 in tokenizer.all_special_ids or "[INST]" in tokenizer.get_added_vocab()
+    with pytest.raises(ConfigError, match=r"has a token \[INST\]"):
+        add_instruct_template(tokenizer)
+
+
+def test_a_file_that_is_no_sentencepiece_model_is_refused():
+    with pytest.raises(ValueError, match="not a sentencepiece model"):
+        sentencepiece_tokenizer(b"nothing of the kind")

@@ -1,7 +1,7 @@
 """Tokenizers: Mixtral's own, one trained on the corpus, or any from a folder or the hub."""
 
 import importlib.resources
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -13,6 +13,22 @@ from train.data.hub import require_hub
 from train.errors import ConfigError, MachineError
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, as in Mixtral's own vocabulary
+# Mixtral-8x7B-Instruct's. The answer, its leading space and its end mark are what an assistant mask covers.
+INSTRUCT_TEMPLATE = """\
+{{- bos_token }}
+{%- set has_system = messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] + '\\n\\n' if has_system else '' %}
+{%- set turns = messages[1:] if has_system else messages %}
+{%- for message in turns %}
+    {%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}
+        {{- raise_exception('after an optional system message, roles must be user, assistant, user, ...') }}
+    {%- elif message['role'] == 'user' %}
+        {{- '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}
+    {%- else %}
+        {%- generation %}{{- ' ' + message['content'] + eos_token }}{%- endgeneration %}
+    {%- endif %}
+{%- endfor %}
+"""
 
 
 def open_tokenizer(name: str, vocab_size: int, corpus: Dataset | None = None) -> PreTrainedTokenizerBase:
@@ -99,13 +115,33 @@ def train_bpe(corpus: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def mixtral_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds Mixtral-8x7B's tokenizer, id for id, from the sentencepiece file that mistral-common ships.
+    """Builds Mixtral-8x7B's tokenizer, id for id, from the sentencepiece file that mistral-common ships."""
+    return sentencepiece_tokenizer(mixtral_model())
+
+
+def mixtral_model() -> bytes:
+    """Returns the sentencepiece model of Mixtral-8x7B's tokenizer, its `tokenizer.model`."""
+    return (importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1").read_bytes()
+
+
+def sentencepiece_tokenizer(model: bytes) -> PreTrainedTokenizerFast:
+    """Builds a tokenizer, id for id, from a sentencepiece BPE such as Mistral's `tokenizer.model`.
 
     A sentencepiece BPE merges by the score of the piece that results, so the merges are every split of
     every piece into two known pieces, by that score.
+
+    Args:
+        model: the file's content.
+
+    Raises:
+        ValueError: when it is no sentencepiece model with <unk>, <s>, </s> as ids 0, 1, 2.
     """
-    model = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
-    pieces = SentencePieceProcessor(model_proto=model.read_bytes())
+    try:
+        pieces = SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError(f"not a sentencepiece model: {error}") from None
+    if [pieces.id_to_piece(index) for index in range(min(3, pieces.vocab_size()))] != [UNKNOWN, BEGIN, END]:
+        raise ValueError(f"expected {UNKNOWN}, {BEGIN}, {END} as ids 0, 1, 2")
     vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.vocab_size())}
     merges: list[tuple[float, str, str]] = []
     for piece, index in vocabulary.items():
@@ -129,12 +165,24 @@ def mixtral_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return _wrap(tokenizer)
+    control = [piece for piece, index in vocabulary.items() if pieces.is_control(index)]
+    return _wrap(tokenizer, [UNKNOWN, *control])
 
 
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def add_instruct_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a tokenizer Mixtral-8x7B-Instruct's chat template, with the answers marked for an assistant mask.
+
+    Raises:
+        ConfigError: for a vocabulary in which [INST] is a token, as in later releases: their template is another.
+    """
+    if tokenizer.convert_tokens_to_ids("[INST]") not in (None, tokenizer.unk_token_id):
+        raise ConfigError("the tokenizer has a token [INST], so Mixtral-8x7B-Instruct's chat template does not fit it")
+    tokenizer.chat_template = INSTRUCT_TEMPLATE
+
+
+def _wrap(tokenizer: Tokenizer, special: Sequence[str] = (UNKNOWN, BEGIN, END)) -> PreTrainedTokenizerFast:
     """Adds the special tokens, and the begin token before every encoded text."""
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (UNKNOWN, BEGIN, END)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, 1)]
     )
