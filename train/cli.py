@@ -12,11 +12,12 @@ usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
        python -m train ...
        torchrun --nproc_per_node N -m train ...
        torchrun --nproc_per_node N -m train.verify ...    (compares the layout with one process)
+       cierzo convert --input_dir FOLDER --output_dir FOLDER    (weights; see cierzo convert --help)
        cierzo keys    (lists every key, its default and what it may be)
 
 The recipe is applied after the defaults, the command line last.
 """
-VERBS = ("train", "verify", "keys")
+VERBS = ("train", "verify", "convert", "keys")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the verb and its words; by default the process's.
 
     Returns:
-        The exit code: 0 done, 2 config, 3 data, 5 numerics, 6 environment, 128 + n for signal n.
+        The exit code: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 128 + n for signal n.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     words = [
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb, *rest = words
         if verb not in VERBS:
             raise ConfigError(f"unknown verb {verb!r}: expected {' | '.join(VERBS)}")
+        if verb == "convert":
+            from train.convert import main as convert
+
+            return convert(rest)
         if "-h" in rest or "--help" in rest:
             print(_help())
             return 0

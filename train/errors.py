@@ -34,6 +34,13 @@ class DataError(UserError):
     reason = "data"
 
 
+class CheckpointError(UserError):
+    """Weights on disk are damaged, or not what they are said to be."""
+
+    code = 4
+    reason = "checkpoint"
+
+
 class NumericsError(UserError):
     """A loss or a gradient is not finite."""
 
