@@ -115,7 +115,10 @@ def read_config(folder: Path) -> MixtralConfig:
     path = folder / "config.json"
     content = read_json(path)
     if content.get("model_type") != "mixtral":
-        raise WeightsError(f"{path}: model_type={content.get('model_type')!r}, expected 'mixtral'")
+        raise WeightsError(
+            f"{path}: model_type={content.get('model_type')!r}, expected 'mixtral'; "
+            "a dense mistral or llama can be upcycled to one"
+        )
     return build_config(path, content)
 
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from mixtral.weights import names
-from mixtral.weights.files import DTYPES, Stored, WeightsError, pickle_header
+from mixtral.weights.files import DTYPES, Stored, pickle_header
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -237,13 +237,5 @@ def lay_out_pickled(folder: Path, tensors: Mapping[str, Planned], max_shard_byte
 def plan(
     shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None
 ) -> dict[str, Planned]:
-    """Plans tensors in one dtype, or each in its own.
-
-    Raises:
-        WeightsError: for a dtype that weights files do not have here.
-    """
-    found = {name: Planned(dtype or dtypes[name], shape) for name, shape in shapes.items()}
-    for name, planned in found.items():
-        if planned.dtype not in DTYPES.values():
-            raise WeightsError(f"tensor {name}: dtype {planned.dtype} is not one of {', '.join(DTYPES)}")
-    return found
+    """Plans tensors in one dtype, or each in its own."""
+    return {name: Planned(dtype or dtypes[name], shape) for name, shape in shapes.items()}

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mixtral import MixtralConfig, MixtralForCausalLM
+from mixtral import MixtralConfig, MixtralForCausalLM, MixtralForSequenceClassification
 from tests.conftest import SIZES
 from tests.mixtral.test_weights_raw import raw_tensors, write
 from train.cli import main
@@ -134,6 +134,19 @@ def test_inputs_and_outputs_that_cannot_be_used_have_their_exit_codes(tmp_path, 
     assert convert(hub, tmp_path / "out") == 4
     assert "model.safetensors has" in error_of(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "hub"]
+
+
+def test_a_classifier_stays_one_and_does_not_fit_the_raw_format(tmp_path, capsys):
+    model = MixtralForSequenceClassification(MixtralConfig(**SIZES, num_labels=3, pad_token_id=0)).eval()
+    model.save_pretrained(tmp_path / "hub")
+    assert convert(tmp_path / "hub", tmp_path / "out") == 0
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    input_ids = torch.randint(1, 128, (2, 9))
+    with torch.no_grad():
+        assert (theirs(input_ids).logits - model(input_ids).logits).abs().max() <= 1e-6
+    capsys.readouterr()
+    assert convert(tmp_path / "hub", tmp_path / "raw", "--to", "mistral") == 4
+    assert "hub is no causal language model" in error_of(capsys)
 
 
 @pytest.mark.slow
