@@ -128,8 +128,9 @@ def check(words: argparse.Namespace) -> None:
     given = [f"--{key}" for key in ("top_k", "noise", "seed") if getattr(words, key) is not None]
     if words.upcycle is None and given:
         raise ConfigError(f"{given[0]} belongs to --upcycle EXPERTS, which is not given")
-    if words.upcycle is not None and not 1 <= (2 if words.top_k is None else words.top_k) <= words.upcycle:
-        raise ConfigError(f"--top_k={words.top_k or 2} must lie between 1 and --upcycle={words.upcycle}")
+    top_k = 2 if words.top_k is None else words.top_k
+    if words.upcycle is not None and not 1 <= top_k <= words.upcycle:
+        raise ConfigError(f"--top_k={top_k} must lie between 1 and --upcycle={words.upcycle}")
     if not 0 <= (words.noise or 0.0) < float("inf"):
         raise ConfigError(f"--noise={words.noise} must be 0 or more")
     if not 0 <= (words.seed or 0) < 2**31:
@@ -154,8 +155,8 @@ def convert(words: argparse.Namespace) -> None:
     try:
         source = open_source(words)
         with new_folder(words.output_dir) as folder:
+            carry_tokenizer(words.input_dir, folder, words, rows=source.config.vocab_size)
             size = write_weights(source, folder, words)
-            carry_tokenizer(words.input_dir, folder, words)
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
     except FileExistsError as error:
@@ -163,7 +164,7 @@ def convert(words: argparse.Namespace) -> None:
     except OSError as error:
         if isinstance(error, BlockingIOError):
             raise MachineError(f"--output_dir: {error}") from None
-        raise MachineError(f"{error.filename or words.output_dir}: {error.strerror}") from None
+        raise MachineError(f"{error.filename or words.output_dir}: {error.strerror or error}") from None
     count = source.config.count_parameters()
     print(f"{words.output_dir}: {count.total:,} parameters, {count.active:,} active per token, {_gigabytes(size)}")
 
@@ -241,51 +242,62 @@ def open_writer(
     return HubWriter(folder, tensors, **bound)
 
 
-def carry_tokenizer(source: Path, target: Path, words: argparse.Namespace) -> None:
+def carry_tokenizer(source: Path, target: Path, words: argparse.Namespace, rows: int) -> None:
     """Copies the tokenizer's files; for the hub, builds from a lone sentencepiece file what `AutoTokenizer` reads.
 
+    Args:
+        source: the folder of the input.
+        target: the folder being made.
+        words: of the command line.
+        rows: of the embedding.
+
     Raises:
-        CheckpointError: for a file that is no tokenizer, or has more tokens than the embedding rows.
+        CheckpointError: for files that are no tokenizer, or one of more tokens than `rows`.
+        ConfigError: when there is none to give a template, or one that it does not fit.
         WeightsError: for a link out of the folder.
     """
     from mixtral.weights.files import inside
 
     is_hub = words.to == "hub"
     wanted = (*TOKENIZER_FILES, "generation_config.json") if is_hub else ("tokenizer.model", "tekken.json")
-    copied = [name for name in wanted if (source / name).exists()]
+    copied = {name for name in wanted if (source / name).exists()}
     for name in copied:
         shutil.copyfile(inside(source, name), target / name)
-    if not is_hub:
-        if not copied:
-            print(f"{source} holds no tokenizer.model, so {words.output_dir} has no tokenizer")
-        return
-    if "tokenizer.model" in copied and "tokenizer.json" not in copied:
-        _build_tokenizer(target)
-    elif not {"tokenizer.json", "vocab.json"} & set(copied):
+    if not copied & {"tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json"}:
         if words.instruct:
             raise ConfigError(f"--instruct: {source} holds no tokenizer to give a template")
-        print(f"{source} holds no tokenizer.model or tokenizer.json, so {words.output_dir} has no tokenizer")
+        print(f"{source} holds no tokenizer, so {words.output_dir} has none")
+    elif is_hub and not copied & {"tokenizer.json", "vocab.json"}:
+        _build_tokenizer(target, rows)
     if words.instruct:
         from transformers import AutoTokenizer
 
         from train.data.tokenizer import add_instruct_template
 
-        tokenizer = AutoTokenizer.from_pretrained(target)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(target)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"--instruct: the tokenizer in {source} cannot be opened: {error}") from None
         add_instruct_template(tokenizer)
         tokenizer.save_pretrained(target)
 
 
-def _build_tokenizer(folder: Path) -> None:
-    from mixtral.weights.read import read_config
+def _build_tokenizer(folder: Path, rows: int) -> None:
+    """Builds from `tokenizer.model`, keeping the chat template that older files beside it may hold."""
+    from mixtral.weights.files import read_json
     from train.data.tokenizer import sentencepiece_tokenizer
 
+    if (folder / "added_tokens.json").exists():
+        raise CheckpointError("added_tokens.json without tokenizer.json: save the tokenizer with transformers first")
     try:
         tokenizer = sentencepiece_tokenizer((folder / "tokenizer.model").read_bytes())
     except ValueError as error:
         raise CheckpointError(f"tokenizer.model: {error}") from None
-    rows = read_config(folder).vocab_size
     if len(tokenizer) > rows:
         raise CheckpointError(f"tokenizer.model has {len(tokenizer)} tokens, but the embedding only {rows} rows")
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        tokenizer.chat_template = read_json(settings).get("chat_template")
     tokenizer.save_pretrained(folder)
 
 

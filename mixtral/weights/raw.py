@@ -23,7 +23,7 @@ from torch import Tensor
 from mixtral.configuration import MixtralConfig
 from mixtral.weights import names
 from mixtral.weights.files import Stored, WeightsError, inside, pickle_header, read_json, scan
-from mixtral.weights.read import build_config, check_tensors, whole
+from mixtral.weights.read import build_config, check_tensors, same
 from mixtral.weights.write import Planned, TensorWriter, lay_out_pickled, lay_out_safetensors
 
 OUTSIDE = {
@@ -154,13 +154,13 @@ def _scan(folder: Path) -> dict[str, Stored]:
     found = scan(folder, stem="consolidated", pickled="consolidated.pth")
     if found:
         return found
-    paths = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"consolidated\.\d\d\.(pth|pt)", path.name))
+    paths = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"consolidated\.\d\d+\.(pth|pt)", path.name))
     if not paths:
         raise WeightsError(f"{folder} holds no weights: expected consolidated.safetensors or consolidated.00.pth")
     for name in paths:
         for tensor, stored in pickle_header(inside(folder, name)).items():
             other = found.setdefault(tensor, stored)
-            if other is not stored and not torch.equal(whole(other), whole(stored)):
+            if other is not stored and not same(other, stored):
                 raise WeightsError(f"tensor {tensor} in {stored.path} differs from that in {other.path}")
     return found
 

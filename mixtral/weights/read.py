@@ -106,6 +106,11 @@ def whole(stored: Stored) -> Tensor:
     return out
 
 
+def same(one: Stored, other: Stored) -> bool:
+    """Says whether two stored tensors are equal in dtype, shape and values."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(whole(one), whole(other))
+
+
 def read_config(folder: Path) -> MixtralConfig:
     """Reads the `config.json` of a Mixtral folder.
 
@@ -159,7 +164,7 @@ def ignorable(tied: bool, tensors: Mapping[str, Stored], folder: Path) -> set[st
     head, embedding = (tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if not tied or head is None or embedding is None:
         return found
-    if not torch.equal(whole(head), whole(embedding)):
+    if not same(head, embedding):
         raise WeightsError(
             f"tensor lm_head.weight in {head.path} differs from model.embed_tokens.weight, but config.json in {folder} "
             "says tie_word_embeddings=true, expected equal ones: set it to false"

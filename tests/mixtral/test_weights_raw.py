@@ -285,6 +285,10 @@ def test_shards_that_disagree_on_a_tensor_are_refused_and_equal_ones_accepted(tm
     torch.save(shard, raw / "consolidated.03.pt")
     with pytest.raises(WeightsError, match="tensor norm.weight in .*differs from that in .*consolidated.03.pt"):
         RawFolder(raw)
+    shard["norm.weight"] = torch.ones(3)
+    torch.save(shard, raw / "consolidated.03.pt")
+    with pytest.raises(WeightsError, match="tensor norm.weight in .*differs from that in"):
+        RawFolder(raw)
 
 
 def test_a_setting_that_the_raw_format_cannot_say_is_refused(tmp_path, make_model, capsys):

@@ -1,6 +1,8 @@
 """Streamed reading: what is asked for, nothing else, and each malformed file with its one error."""
 
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -385,3 +387,25 @@ def test_other_heads_are_read_too(tmp_path, kind):
     other = kind(MixtralConfig(**SIZES, num_labels=3))
     load(other, tmp_path)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["safetensors", "one .bin"])
+def test_a_load_holds_at_its_peak_what_it_keeps(tmp_path, form):
+    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 8192}
+    model = MixtralForCausalLM(MixtralConfig(**sizes))
+    model.save_pretrained(tmp_path)
+    if form == "one .bin":
+        pickled(tmp_path)
+    code = (
+        "import re, sys, torch\nfrom mixtral import MixtralConfig, MixtralForCausalLM, weights\n"
+        "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        "with torch.device('meta'): model = MixtralForCausalLM(MixtralConfig.from_pretrained(sys.argv[1]))\n"
+        "before = peak()\nweights.load(model, sys.argv[1])\nprint(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kept = sum(parameter.nbytes for parameter in model.parameters())
+    assert kept > 150_000_000
+    assert 0.9 * kept < int(done.stdout.split()[-1]) <= 1.1 * kept

@@ -1,5 +1,6 @@
 """The verb `convert`: whole folders, or nothing."""
 
+import json
 import os
 import re
 import signal
@@ -68,6 +69,27 @@ def test_a_raw_folder_gives_a_tokenizer_that_is_reloaded_exactly(tmp_path):
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == mixtral_model()
 
 
+def test_a_lone_sentencepiece_file_on_the_hub_is_built_and_keeps_its_template(tmp_path, make_model, capsys):
+    make_model(vocab_size=32000).save_pretrained(tmp_path / "hub")
+    (tmp_path / "hub" / "tokenizer.model").write_bytes(mixtral_model())
+    settings = {"tokenizer_class": "LlamaTokenizer", "chat_template": "{{ messages[0]['content'] }}"}
+    (tmp_path / "hub" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert convert(tmp_path / "hub", tmp_path / "out") == 0
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert ids(again) == ids(mixtral_tokenizer())
+    assert again.chat_template == settings["chat_template"]
+    (tmp_path / "hub" / "added_tokens.json").write_text('{"<pad>": 32000}')
+    capsys.readouterr()
+    assert convert(tmp_path / "hub", tmp_path / "other") == 4
+    assert "added_tokens.json without tokenizer.json" in error_of(capsys)
+
+
+def test_a_broken_tokenizer_is_named(tmp_path, hub, capsys):
+    (hub / "tokenizer.json").write_text("{")
+    assert convert(hub, tmp_path / "out", "--instruct") == 4
+    assert "--instruct: the tokenizer in" in error_of(capsys)
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, raw, capsys):
     (raw / "tokenizer.model").write_bytes(mixtral_model())
     assert convert(raw, tmp_path / "out") == 4
@@ -99,6 +121,8 @@ def test_hub_to_hub_casts_and_cuts_shards_and_keeps_the_rest(tmp_path, hub, boun
     [
         (["--top_k", "2"], "--top_k belongs to --upcycle"),
         (["--upcycle", "4", "--top_k", "5"], "--top_k=5 must lie between 1 and --upcycle=4"),
+        (["--upcycle", "4", "--top_k", "0"], "--top_k=0 must lie between 1 and --upcycle=4"),
+        (["--upcycle", "4", "--noise", "nan"], "--noise=nan must be 0 or more"),
         (["--upcycle", "4", "--noise", "-1"], "--noise=-1.0 must be 0 or more"),
         (["--upcycle", "4", "--seed", "-1"], "--seed=-1 must lie between"),
         (["--instruct", "--to", "mistral"], "--instruct needs --to=hub"),
@@ -164,10 +188,9 @@ def test_a_killed_conversion_leaves_a_hidden_folder_that_the_next_replaces(tmp_p
     MixtralForCausalLM(config).save_pretrained(tmp_path / "hub", max_shard_size="1MB")
     words = ["--input_dir", str(tmp_path / "hub"), "--output_dir", str(tmp_path / "out"), "--max_shard_size", "1MB"]
     process = subprocess.Popen([*PYTHON, *words], stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline()  # a tenth is done
+    next(line for line in process.stdout if line.endswith(" left\n"))  # a tenth is done
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
-    assert " left" in line
     assert process.returncode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "hub"]
     (tmp_path / ".out.partial" / "left-over").write_text("x")
