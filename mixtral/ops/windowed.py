@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALLEST_BLOCK = 64  # below this, a block's matrix products are too small to be fast
+
 
 def visible(documents_BS: Tensor, window: int) -> Tensor:
     """Says which keys a query sees: (B, S, S), query before key.
@@ -39,43 +41,66 @@ def reference(query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, document
 
 
 def windowed_attention(
-    query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, documents_BS: Tensor | None, window: int
+    query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, documents_BS: Tensor, window: int
 ) -> Tensor:
-    """Equals `reference` in blocks of W queries, each of which sees its own block and the one before.
+    """Equals `reference`, block by block: see `block_mask` and `blockwise_attention`."""
+    mask = block_mask(documents_BS, window, query_BNSD.dtype)
+    return blockwise_attention(query_BNSD, key_BGSD, value_BGSD, mask)
 
-    `documents_BS` may be None where all rows are one document without padding.
+
+def block_mask(documents_BS: Tensor, window: int, dtype: torch.dtype) -> Tensor:
+    """Cuts each row into blocks of queries, with as many blocks of keys before each as the window reaches back.
+
+    Blocks of a quarter of the window: a query is multiplied with 1.25 W keys, and a key copied five times. The mask
+    depends on no layer, so a model makes it once.
+
+    Args:
+        documents_BS: as in `visible`.
+        window: W.
+        dtype: of the queries.
+
+    Returns:
+        (B, blocks, 1, queries, keys), zero where a query sees a key, else minus infinity.
     """
-    batch, heads, length, _ = query_BNSD.shape
-    groups = heads // key_BGSD.shape[1]
-    key_BNSD, value_BNSD = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key_BGSD, value_BGSD))
-    if documents_BS is None:
-        documents_BS = torch.zeros(batch, length, dtype=torch.long, device=query_BNSD.device)
-    blocks = -(-length // window)
-    padding = blocks * window - length
+    length = documents_BS.shape[1]
+    size = min(max(-(-window // 4), SMALLEST_BLOCK), length)
+    count = -(-length // size)
+    before = min(-(-(window - 1) // size), count - 1)
+    own = F.pad(documents_BS, (0, count * size - length), value=-1).unflatten(1, (count, size))
+    seen = _with_blocks_before(own, before, dim=2, value=-1)
+    query_at = torch.arange(size, device=own.device)[:, None] + before * size
+    key_at = torch.arange((before + 1) * size, device=own.device)[None, :]
+    near = (key_at <= query_at) & (key_at > query_at - window)
+    same = own.unsqueeze(-1) == seen.unsqueeze(-2)
+    real = (own >= 0).unsqueeze(-1) | (key_at == query_at)
+    mask = torch.zeros(near.shape, dtype=dtype, device=own.device).expand(same.shape)
+    return mask.masked_fill(~(near & same & real), float("-inf")).unsqueeze(2)
+
+
+def blockwise_attention(query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, mask: Tensor) -> Tensor:
+    """Attends block by block, given the mask of `block_mask`; otherwise as `reference`."""
+    batch, _, length, _ = query_BNSD.shape
+    count, _, size, keys = mask.shape[1:]
 
     def split(x_BNSD: Tensor) -> Tensor:
-        """Cuts the sequence into blocks, which join the batch."""
-        return F.pad(x_BNSD, (0, 0, 0, padding)).unflatten(2, (blocks, window)).transpose(1, 2)
+        """Cuts the sequence into blocks: (B, blocks, heads, queries, D)."""
+        return F.pad(x_BNSD, (0, 0, 0, count * size - length)).unflatten(2, (count, size)).transpose(1, 2)
 
-    def with_previous(x_BNSD: Tensor) -> Tensor:
-        """Puts before each block the one that precedes it; before the first, nothing that is seen."""
-        split_x = split(x_BNSD)
-        return torch.cat((F.pad(split_x, (0, 0) * 3 + (1, 0))[:, :-1], split_x), dim=3).flatten(0, 1)
+    def context(x_BGSD: Tensor) -> Tensor:
+        return _with_blocks_before(split(x_BGSD), keys // size - 1, dim=3, value=0).flatten(0, 1)
 
-    own = F.pad(documents_BS, (0, padding), value=-1).unflatten(1, (blocks, window))
-    before = F.pad(own, (0, 0, 1, 0), value=-1)[:, :-1]
-    mask = _block_mask(own, torch.cat((before, own), dim=2), window)
     out = F.scaled_dot_product_attention(
-        split(query_BNSD).flatten(0, 1), with_previous(key_BNSD), with_previous(value_BNSD), attn_mask=mask
+        split(query_BNSD).flatten(0, 1),
+        context(key_BGSD),
+        context(value_BGSD),
+        attn_mask=mask.flatten(0, 1),
+        enable_gqa=True,
     )
-    return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    return out.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
-def _block_mask(query_documents: Tensor, key_documents: Tensor, window: int) -> Tensor:
-    """Says which of its 2W keys each of a block's W queries sees: (B * blocks, 1, W, 2W)."""
-    query_at = torch.arange(window, device=query_documents.device)[:, None] + window
-    key_at = torch.arange(2 * window, device=query_documents.device)[None, :]
-    near = (key_at <= query_at) & (key_at > query_at - window)
-    same = query_documents.unsqueeze(-1) == key_documents.unsqueeze(-2)
-    real = (query_documents >= 0).unsqueeze(-1) | (key_at == query_at)
-    return (near & same & real).flatten(0, 1).unsqueeze(1)
+def _with_blocks_before(blocks: Tensor, before: int, dim: int, value: int) -> Tensor:
+    """Joins each block, of which dimension 1 has `count`, to the `before` that precede it, along `dim`."""
+    count = blocks.shape[1]
+    padded = F.pad(blocks, (0, 0) * (blocks.dim() - 2) + (before, 0), value=value)
+    return torch.cat([padded[:, start : start + count] for start in range(before + 1)], dim=dim)

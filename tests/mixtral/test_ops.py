@@ -98,14 +98,16 @@ def test_rope_depends_on_distance_alone():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(("length", "window"), [(10, 3), (12, 4), (5, 9), (7, 1), (4, 4)])
+@pytest.mark.parametrize(
+    ("length", "window"), [(10, 3), (5, 9), (7, 1), (64, 64), (200, 3), (130, 1), (300, 70), (700, 300)]
+)
 def test_windowed_attention_equals_its_reference_with_gradients(length, window, packed):
     query, key, value = leaf(2, 4, length, 8), leaf(2, 2, length, 8), leaf(2, 2, length, 8)
     documents = torch.zeros(2, length, dtype=torch.long)
     if packed:
         documents[0, length // 2 :], documents[1, -2:], documents[1, 0] = 1, -1, -1  # two documents; padding
     outputs = [
-        windowed.windowed_attention(query, key, value, documents if packed else None, window),
+        windowed.windowed_attention(query, key, value, documents, window),
         windowed.reference(query, key, value, documents, window),
     ]
     assert torch.allclose(*outputs, rtol=1e-12, atol=1e-14)
