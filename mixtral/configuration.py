@@ -1,9 +1,13 @@
 """The published Mixtral parameters, with parameter and FLOP counts."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class MixtralConfig(PreTrainedConfig):
         num_attention_heads: N.
         num_key_value_heads: G, key/value heads; N/G query heads share one. None means N.
         head_dim: D; None means H / N.
-        hidden_act: name of the gate's activation.
+        hidden_act: the gate's activation: a name registered in `transformers.activations.ACT2FN`, or a function of a
+            tensor, with which the configuration cannot be saved.
         max_position_embeddings: longest sequence the model is meant for.
         initializer_range: standard deviation of the initial weights.
         rms_norm_eps: epsilon of the RMS norms.
@@ -75,7 +80,7 @@ class MixtralConfig(PreTrainedConfig):
     num_attention_heads: int = 32
     num_key_value_heads: int = 8
     head_dim: int | None = None
-    hidden_act: str = "silu"
+    hidden_act: str | Callable[[Tensor], Tensor] = "silu"
     max_position_embeddings: int = 4096 * 32
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
@@ -101,6 +106,8 @@ class MixtralConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         assert self.rope_parameters is not None
         self.rope_theta = self.rope_parameters["rope_theta"]
+        if not callable(self.hidden_act) and self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is neither a function nor one of: {', '.join(ACT2FN)}")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
@@ -115,6 +122,31 @@ class MixtralConfig(PreTrainedConfig):
                 f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
                 f"num_local_experts={self.num_local_experts}"
             )
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The function that `hidden_act` is or names."""
+        return ACT2FN[self.hidden_act] if isinstance(self.hidden_act, str) else self.hidden_act
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the parameters; a function in words, which is enough to be printed, and not to be built from."""
+        parameters = super().to_dict()
+        if callable(self.hidden_act):
+            parameters["hidden_act"] = f"the function {getattr(self.hidden_act, '__name__', repr(self.hidden_act))}"
+        return parameters
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes config.json.
+
+        Raises:
+            ValueError: when `hidden_act` is a function.
+        """
+        if callable(self.hidden_act):
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is a function, which no file holds: before saving, set it to a name "
+                "registered in transformers.activations.ACT2FN"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def attention_head_dim(self) -> int:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from mixtral.configuration import MixtralConfig
 from mixtral.ops.experts import expert_ffn
@@ -52,7 +51,7 @@ class Experts(nn.Module):
         experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = config.activation
 
     def forward(self, rows_RH: Tensor, counts_E: Tensor) -> Tensor:
         """Sends rows that are sorted by expert, `counts_E[e]` of them for expert e, through their experts."""

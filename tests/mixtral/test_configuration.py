@@ -108,3 +108,38 @@ def test_linear_rope_scaling_equals_transformers():
     ours.load_state_dict(theirs.state_dict())
     input_ids = torch.randint(0, 128, (1, 40))
     assert (ours(input_ids).logits - theirs(input_ids).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "relu2"])
+def test_any_registered_activation_equals_transformers(make_pair, activation):
+    theirs, ours = make_pair(hidden_act=activation)
+    silu, _ = make_pair()
+    silu.load_state_dict(theirs.state_dict())
+    input_ids = torch.randint(0, 128, (1, 12))
+    assert (ours(input_ids).logits - theirs(input_ids).logits).abs().max() <= 1e-5
+    assert (ours(input_ids).logits - silu(input_ids).logits).abs().max() > 1e-4
+
+
+def test_a_function_as_activation_is_used_and_never_lost_on_the_way_to_a_file(tmp_path, make_pair):
+    theirs, _ = make_pair(hidden_act="relu")
+    config = MixtralConfig(**SIZES, hidden_act=torch.relu)
+    ours = MixtralForCausalLM(config)
+    ours.load_state_dict(theirs.state_dict())
+    input_ids = torch.randint(0, 128, (1, 12))
+    assert (ours(input_ids).logits - theirs(input_ids).logits).abs().max() <= 1e-5
+    assert ours.generate(input_ids, max_new_tokens=2, do_sample=False).shape == (1, 14)
+    assert "the function relu" in repr(config)
+    for saved in (config, ours):
+        with pytest.raises(ValueError, match="hidden_act=.* is a function"):
+            saved.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.glob("saved/*.safetensors"))
+    with pytest.raises(ValueError, match="hidden_act='the function relu' is neither"):
+        MixtralConfig.from_dict(config.to_dict())
+    config.hidden_act = "relu"
+    ours.save_pretrained(tmp_path / "saved")
+    assert MixtralConfig.from_pretrained(tmp_path / "saved").hidden_act == "relu"
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="hidden_act='sliu' is neither a function nor one of: .*silu"):
+        MixtralConfig(**SIZES, hidden_act="sliu")
