@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, SequenceClassifierOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
+from mixtral.cache import LayerPast
 from mixtral.configuration import MixtralConfig
 from mixtral.losses import pooled_load_balancing_loss, router_statistics, shift_labels
 from mixtral.modeling import MixtralModel, MixtralPreTrainedModel, ModelOutput
@@ -67,26 +67,26 @@ class MixtralForCausalLM(MixtralPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | tuple[LayerPast, ...] | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
         shifted_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         output_routing: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutput | tuple[Any, ...]:
         """Runs the decoder and its head. Where every label is -100 the loss is zero, not NaN.
 
         Raises:
@@ -116,7 +116,7 @@ class MixtralForCausalLM(MixtralPreTrainedModel, GenerationMixin):
         if with_aux_loss:
             aux_loss = self._published_aux_loss(output, attention_mask)
             loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss
-        return CausalLMOutput(
+        result = CausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -126,6 +126,7 @@ class MixtralForCausalLM(MixtralPreTrainedModel, GenerationMixin):
             router_logits=output.router_logits,
             expert_indices=output.expert_indices if output_routing else None,
         )
+        return self._returned(result, return_dict)
 
     def _cross_entropy(
         self, output: ModelOutput, logits_BSV: Tensor | None, labels_BS: Tensor, divisor: int | Tensor | None
@@ -141,6 +142,8 @@ class MixtralForCausalLM(MixtralPreTrainedModel, GenerationMixin):
     def _published_aux_loss(self, output: ModelOutput, attention_mask: Tensor | None) -> Tensor:
         assert output.router_logits is not None
         assert output.expert_indices is not None
+        if attention_mask is not None:  # it covers what a cache has seen, too
+            attention_mask = attention_mask[:, -output.last_hidden_state.shape[1] :]
         statistics = router_statistics(output.router_logits, output.expert_indices, attention_mask)
         tokens = len(output.router_logits[0]) if attention_mask is None else attention_mask.sum()
         return pooled_load_balancing_loss(statistics, tokens)
@@ -164,21 +167,22 @@ class MixtralForSequenceClassification(MixtralPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | tuple[LayerPast, ...] | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        output_router_logits: bool | None = None,
         output_routing: bool = False,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Runs the decoder and scores each row.
 
         Raises:
@@ -193,6 +197,7 @@ class MixtralForSequenceClassification(MixtralPreTrainedModel):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
             output_routing=output_routing,
             return_dict=True,
             **kwargs,
@@ -201,7 +206,7 @@ class MixtralForSequenceClassification(MixtralPreTrainedModel):
         assert hidden_BSH is not None
         rows = torch.arange(len(hidden_BSH), device=hidden_BSH.device)
         logits = self.score(hidden_BSH[rows, self._last_token(input_ids)])
-        return SequenceClassifierOutput(
+        result = SequenceClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
             past_key_values=output.past_key_values,
@@ -210,6 +215,7 @@ class MixtralForSequenceClassification(MixtralPreTrainedModel):
             router_logits=output.router_logits,
             expert_indices=output.expert_indices,
         )
+        return self._returned(result, return_dict)
 
     def _last_token(self, input_ids: Tensor | None) -> Tensor | int:
         if input_ids is None or self.config.pad_token_id is None:

@@ -7,21 +7,20 @@ Tensors carry them as a suffix: `hidden_BSH`.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import can_return_tuple
 
-from mixtral import attention as windowed
+from mixtral import attention as backends
+from mixtral import cache as caches
 from mixtral.configuration import MixtralConfig
 from mixtral.moe import Experts, Router, Routing, SparseMoeBlock
 from mixtral.ops import attention as attention_op
@@ -29,7 +28,7 @@ from mixtral.ops.rope import apply_rope
 from mixtral.weights import names
 
 names.register()
-windowed.register()
+backends.register()
 
 
 @dataclass
@@ -152,12 +151,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_BSH: Tensor, **kwargs: Any) -> tuple[Tensor, Routing, Tensor | None]:
-        """Returns the hidden states, the layer's routing, and its attention probabilities if formed."""
+    def forward(self, hidden_BSH: Tensor, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """Returns the hidden states, the attention probabilities if formed, and the fields of the layer's routing.
+
+        Flat, since reentrant checkpointing loses the gradient of a tensor inside a tuple.
+        """
         attended_BSH, probabilities = self.self_attn(self.input_layernorm(hidden_BSH), **kwargs)
         hidden_BSH = hidden_BSH + attended_BSH
         routed_BSH, routing = self.mlp(self.post_attention_layernorm(hidden_BSH))
-        return hidden_BSH + routed_BSH, routing, probabilities
+        return hidden_BSH + routed_BSH, probabilities, *routing
 
 
 class MixtralPreTrainedModel(PreTrainedModel):
@@ -173,6 +175,20 @@ class MixtralPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def _flash_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
+        """Says all that flash attention needs where transformers misses the first of it."""
+        try:
+            return super()._flash_attn_can_dispatch(*args, **kwargs)
+        except ImportError as error:
+            raise ImportError(
+                f"attn_implementation={self.config._attn_implementation!r} needs flash-attn (>= 2.3 for a "
+                f"sliding_window), a GPU and half precision (dtype=torch.bfloat16): {error}"
+            ) from None
+
+    def _returned(self, output: Any, return_dict: bool | None) -> Any:
+        """Returns the output, or a tuple of what it holds, as asked or configured."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -184,12 +200,21 @@ class MixtralPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
 
 
+class Decoded(NamedTuple):
+    """The normed output of the layers, and of each layer its input and attentions, if kept, and its routing."""
+
+    output_BSH: Tensor
+    inputs: list[Tensor]
+    attentions: list[Tensor | None]
+    routings: list[Routing]
+
+
 class MixtralModel(MixtralPreTrainedModel):
     """The decoder without a head."""
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__(config)
-        windowed.check(config)
+        backends.check(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -197,80 +222,94 @@ class MixtralModel(MixtralPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | tuple[caches.LayerPast, ...] | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
         output_routing: bool = False,
         **kwargs: Any,
-    ) -> ModelOutput:
+    ) -> ModelOutput | tuple[Any, ...]:
         """Runs the decoder; an option that is None follows the configuration.
 
         Args:
             input_ids: (B, S) token ids; exactly one of this and `inputs_embeds`.
-            attention_mask: (B, S), 1 for tokens and 0 for padding.
+            attention_mask: (B, positions seen and S), 1 for tokens and 0 for padding.
             position_ids: (B, S) or (1, S). Without a mask or a given cache, a position that does not follow the one
                 before it begins a new document, which sees none of the others in its row.
-            past_key_values: a cache to extend.
+            past_key_values: a cache to extend, or a tuple of (key, value) per layer, and then such is returned.
             inputs_embeds: (B, S, H) in place of `input_ids`.
             use_cache: whether to return a cache; by default not in training, nor for packed documents.
             output_attentions: whether to return attention probabilities; needs eager attention.
             output_hidden_states: whether to return every layer's input and the final output.
             output_router_logits: whether to return the router logits.
+            return_dict: whether to return a `ModelOutput`, or a tuple of what it holds.
             output_routing: whether to return router logits and routed indices.
-            **kwargs: passed to the attention backend, and `return_dict`: a tuple of what is set if false.
+            **kwargs: passed to the attention backend.
 
         Raises:
-            ValueError: for both or none of `input_ids` and `inputs_embeds`, attentions that the backend does not
-                form, or packed documents that it cannot keep apart.
+            ValueError: for both or none of `input_ids` and `inputs_embeds`, what the backend cannot do, a past that
+                does not fit, or a cache where packed documents or gradient checkpointing allow none.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self._use_cache(use_cache, attention_mask, position_ids, past_key_values)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        packed = attention_mask is None and past_key_values is None and position_ids is not None
+        cache = self._cache(past_key_values, use_cache, hidden_BSH, attention_mask, position_ids if packed else None)
+        if position_ids is None:
+            position_ids = self._next_positions(hidden_BSH, cache)
         keep_hidden = self._wanted("output_hidden_states", output_hidden_states)
         keep_attentions = self._wanted("output_attentions", output_attentions)
-        hidden_BSH, hidden_states, attentions, routings = self._decode(
-            hidden_BSH, attention_mask, position_ids, past_key_values, keep_hidden, keep_attentions, **kwargs
-        )
         keep_logits = output_routing or self._wanted("output_router_logits", output_router_logits)
-        return ModelOutput(
-            last_hidden_state=hidden_BSH,
-            past_key_values=past_key_values,
-            hidden_states=(*hidden_states, hidden_BSH) if keep_hidden else None,
-            attentions=tuple(attentions) if keep_attentions else None,
-            router_logits=tuple(routing.logits_TE for routing in routings) if keep_logits else None,
-            expert_indices=tuple(routing.experts_TK for routing in routings) if output_routing else None,
+        mask, arguments = backends.prepare(self.config, hidden_BSH, attention_mask, position_ids, cache, packed=packed)
+        arguments |= {"attention_mask": mask, "past_key_values": cache, **kwargs}
+        layers = self._decode(hidden_BSH, position_ids, keep_hidden, keep_attentions, arguments)
+        if isinstance(past_key_values, tuple):
+            cache = caches.to_tuples(cache)
+        output = ModelOutput(
+            last_hidden_state=layers.output_BSH,
+            past_key_values=cache,
+            hidden_states=(*layers.inputs, layers.output_BSH) if keep_hidden else None,
+            attentions=tuple(layers.attentions) if keep_attentions else None,
+            router_logits=tuple(routing.logits_TE for routing in layers.routings) if keep_logits else None,
+            expert_indices=tuple(routing.experts_TK for routing in layers.routings) if output_routing else None,
         )
+        return self._returned(output, return_dict)
 
-    def _use_cache(
-        self, given: bool | None, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
-    ) -> bool:
-        """Decides on a cache; refuses what would let packed documents see each other."""
-        wanted = (self.config.use_cache and not self.training) if given is None else given
-        if position_ids is None or attention_mask is not None or cache is not None:
-            return wanted
-        flash = self.config._attn_implementation.startswith("flash")
-        if not (wanted or (flash and len(position_ids) > 1)):
-            return wanted
-        if not (position_ids.diff(dim=-1) != 1).any():
-            return wanted
-        if given or flash:
-            raise ValueError(
-                "position_ids hold packed documents, which a cache cannot keep apart, nor flash attention in several "
-                "rows: set use_cache=False, and lay the rows into one for flash attention"
-            )
-        return False
+    def _cache(
+        self,
+        past: Cache | tuple[caches.LayerPast, ...] | None,
+        wanted: bool | None,
+        hidden_BSH: Tensor,
+        attention_mask: Tensor | None,
+        packed_positions: Tensor | None,
+    ) -> Cache | None:
+        """Returns the cache to fill, if any; refuses one that would be filled wrongly."""
+        if self.training and self.gradient_checkpointing and (wanted or past is not None):
+            raise ValueError("gradient checkpointing runs layers twice, which no cache allows: set use_cache=False")
+        if isinstance(past, tuple):
+            return caches.from_tuples(past, self.config, attention_mask, hidden_BSH.shape[1])
+        if past is not None:
+            caches.roll(past)
+            return past
+        use = (self.config.use_cache and not self.training) if wanted is None else wanted
+        if use and packed_positions is not None and bool((packed_positions.diff(dim=-1) != 1).any()):
+            if wanted:
+                raise ValueError("position_ids hold packed documents, which no cache keeps apart: set use_cache=False")
+            return None
+        return caches.new(self.config) if use else None
+
+    @staticmethod
+    def _next_positions(hidden_BSH: Tensor, cache: Cache | None) -> Tensor:
+        seen = 0 if cache is None else cache.get_seq_length()
+        return torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device).unsqueeze(0) + seen
 
     def _wanted(self, option: str, given: bool | None) -> bool:
         wanted = getattr(self.config, option) if given is None else given
@@ -285,40 +324,21 @@ class MixtralModel(MixtralPreTrainedModel):
     def _decode(
         self,
         hidden_BSH: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
+        position_ids: Tensor,
         keep_hidden: bool,
         keep_attentions: bool,
-        **kwargs: Any,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor | None], list[Routing]]:
-        """Runs the layers; returns the normed output, and of each layer its input, attentions and routing if kept."""
-        config = self.config
-        if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device).unsqueeze(0) + seen
-        if config._attn_implementation == windowed.NAME and cache is None:
-            mask = windowed.documents(hidden_BSH, attention_mask, position_ids)
-        else:
-            make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-            mask = make_mask(
-                config=config,
-                inputs_embeds=hidden_BSH,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-            )
+        arguments: dict[str, Any],
+    ) -> Decoded:
+        """Runs the layers, and keeps of each what is asked for."""
         rope = self.rotary_emb(hidden_BSH, position_ids)
-        hidden_states: list[Tensor] = []
+        inputs: list[Tensor] = []
         attentions: list[Tensor | None] = []
         routings: list[Routing] = []
         for layer in self.layers:
             if keep_hidden:
-                hidden_states.append(hidden_BSH)
-            hidden_BSH, routing, probabilities = layer(
-                hidden_BSH, rope=rope, attention_mask=mask, past_key_values=cache, position_ids=position_ids, **kwargs
-            )
-            routings.append(routing)
+                inputs.append(hidden_BSH)
+            hidden_BSH, probabilities, *routing = layer(hidden_BSH, rope=rope, **arguments)
             if keep_attentions:
                 attentions.append(probabilities)
-        return self.norm(hidden_BSH), hidden_states, attentions, routings
+            routings.append(Routing(*routing))
+        return Decoded(self.norm(hidden_BSH), inputs, attentions, routings)
