@@ -103,6 +103,7 @@ class MixtralForCausalLM(MixtralPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            output_router_logits=with_aux_loss,
             output_routing=output_routing or with_aux_loss,
             return_dict=True,
             **kwargs,
