@@ -1,5 +1,6 @@
 """Mixtral: a sparse mixture-of-experts decoder that knows no rank, mesh or engine."""
 
+from mixtral.auto import register_auto_classes, unregister_auto_classes
 from mixtral.configuration import MixtralConfig
 from mixtral.heads import (
     CausalLMOutput,
@@ -17,4 +18,6 @@ __all__ = [
     "MixtralModel",
     "ModelOutput",
     "SequenceClassifierOutput",
+    "register_auto_classes",
+    "unregister_auto_classes",
 ]

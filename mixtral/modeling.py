@@ -185,6 +185,16 @@ class MixtralPreTrainedModel(PreTrainedModel):
                 f"sliding_window), a GPU and half precision (dtype=torch.bfloat16): {error}"
             ) from None
 
+    def get_correct_experts_implementation(self, requested: str | None) -> str:
+        """Accepts what stands in a configuration that a head of transformers' shares; the experts here have one way.
+
+        Raises:
+            ValueError: for any other.
+        """
+        if requested not in (None, "eager", "grouped_mm"):
+            raise ValueError(f"experts_implementation={requested!r} is not supported: leave it out")
+        return "eager"
+
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
         """Returns the output, or a tuple of what it holds, as asked or configured."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
