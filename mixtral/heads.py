@@ -87,10 +87,9 @@ class MixtralForCausalLM(MixtralPreTrainedModel, GenerationMixin):
         output_routing: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
-        """Runs the decoder and its head. Where every label is -100 the loss is zero, not NaN.
+        """Runs the decoder and its head, and refuses what its arguments exclude (ValueError).
 
-        Raises:
-            ValueError: when the arguments exclude each other.
+        Where every label is -100 the loss is zero, not NaN.
         """
         shifted_labels = _one_target(labels, shifted_labels, logits_to_keep)
         with_aux_loss = self.config.output_router_logits if output_router_logits is None else output_router_logits

@@ -51,8 +51,10 @@ def test_by_default_the_auto_classes_stay_transformers(folder):
 
 def test_registered_the_auto_classes_give_ours_and_unregistered_transformers_again(folder, registered):
     check_that_autos_give(mixtral, folder)
+    assert type(AutoModelForCausalLM.from_config(mixtral.MixtralConfig(**SIZES))) is mixtral.MixtralForCausalLM
     mixtral.unregister_auto_classes()
     check_that_autos_give(transformers, folder)
+    assert type(AutoModelForCausalLM.from_config(mixtral.MixtralConfig(**SIZES))) is transformers.MixtralForCausalLM
     mixtral.unregister_auto_classes()
     check_that_autos_give(transformers, folder)
 
