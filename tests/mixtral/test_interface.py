@@ -259,3 +259,26 @@ def test_a_language_model_loads_into_the_other_classes_and_says_what_is_new(tmp_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(MixtralModel.from_pretrained(tmp_path)(input_ids).last_hidden_state, hidden)
+
+
+def test_windowed_attention_takes_a_mask_that_is_ready(make_model):
+    model = make_model(attn_implementation="windowed", sliding_window=4).eval()
+    seen = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12).clone()
+    seen[0, :, 5:, :5] = False
+    input_ids = ids()
+    got = model(input_ids, attention_mask=seen).logits
+    model.set_attn_implementation("sdpa")
+    expected = model(input_ids, attention_mask=seen).logits
+    assert (got - expected).abs().max() <= 1e-6
+    assert (got - model(input_ids).logits).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_windowed_attention_forms_no_square_mask_even_for_a_prompt(make_model, use_cache):
+    model = make_model(attn_implementation="windowed", sliding_window=8).eval()
+    sizes = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(kwargs["attention_mask"].numel()), with_kwargs=True
+    )
+    model(ids(rows=1, length=640), use_cache=use_cache)
+    assert sizes == [10 * 64 * 128]  # ten blocks of 64 queries, each with its own keys and those before
