@@ -14,6 +14,7 @@ import yaml
 
 from train.config import Config, check, keys, nearest
 from train.errors import ConfigError
+from train.inherit import inherit
 
 SECTIONS: dict[str, set[str]] = {section.name: set() for section in dataclasses.fields(Config)}
 for _key in keys():
@@ -88,8 +89,19 @@ def compose(argv: Sequence[str]) -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, path)) from None
     assert isinstance(config, Config)
+    if config.model.init_from is not None:
+        inherit(config, _explicit_keys(words, path))
     check(config)
     return Composed(config=config, recipe=name, overrides=list(argv))
+
+
+def _explicit_keys(words: Sequence[str], recipe: Path | None) -> set[str]:
+    """Names the keys that the command line or the recipe itself sets, groups aside."""
+    tree = _read_recipe(recipe) if recipe else {}
+    sections = {name: values for name, values in tree.items() if isinstance(values, dict)}
+    return {word.partition("=")[0] for word in words} | {
+        f"{name}.{leaf}" for name in sections for leaf in sections[name]
+    }
 
 
 def to_yaml(config: Config) -> str:

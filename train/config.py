@@ -47,6 +47,11 @@ class RunConfig:
 class ModelConfig:
     """The architecture; see `mixtral.MixtralConfig`."""
 
+    init_from: str | None = key(
+        None,
+        "a folder in the hub's layout, or a hub id, whose weights, architecture and tokenizer the run starts from; "
+        "of model.* only sliding_window, attention_dropout and router_* may then differ",
+    )
     vocab_size: int = key(32_000, "rows of the embedding and of the head", minimum=8)
     hidden_size: int = key(4096, "width of the model", minimum=1)
     intermediate_size: int = key(14_336, "inner width of one expert", minimum=1)

@@ -56,6 +56,7 @@ def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: 
         engine.rank, engine.world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps
     )
     coefficients = Coefficients.of(config)
+    torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
     load_LE = uniform_load(engine.module.config, engine.device)
     observer.log(0, evaluate(engine, config, data))
     steps = Prefetch(data.steps(share))

@@ -3,25 +3,61 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mixtral import MixtralConfig, MixtralForCausalLM
-from train.config import ModelConfig
-from train.errors import ConfigError, MachineError
+from mixtral.weights import WeightsError, read
+from mixtral.weights.read import read_config
+from train.config import Config, ModelConfig
+from train.data.hub import download
+from train.errors import CheckpointError, ConfigError, MachineError
+from train.parallel.engine import Weights
+
+NO_SIZES = ("init_from", "attn_implementation")
 
 
-def model_config(config: ModelConfig, bos_token_id: int | None, eos_token_id: int | None) -> MixtralConfig:
-    """Translates the run's keys; the special tokens are its tokenizer's."""
-    sizes = {name: value for name, value in dataclasses.asdict(config).items() if name != "attn_implementation"}
-    return MixtralConfig(
-        **sizes,
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-        pad_token_id=None,  # a padding id would freeze that row of the embedding
-        attn_implementation=config.attn_implementation,
-    )
+def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> MixtralConfig:
+    """Translates the run's keys, over what the weights it starts from say; the special tokens are its tokenizer's."""
+    described = {} if config.init_from is None else read_config(Path(config.init_from)).to_dict()
+    sizes = {key: value for key, value in dataclasses.asdict(config).items() if key not in NO_SIZES}
+    if described:
+        del sizes["rope_theta"]  # with all that may go with it, in rope_parameters
+    own = {
+        "bos_token_id": None if tokenizer is None else tokenizer.bos_token_id,
+        "eos_token_id": None if tokenizer is None else tokenizer.eos_token_id,
+        "pad_token_id": None,  # a padding id would freeze that row of the embedding
+        "use_cache": True,
+    }
+    return MixtralConfig(**described | sizes | own, attn_implementation=config.attn_implementation)
+
+
+def find_weights(config: ModelConfig) -> None:
+    """Fetches the weights to start from where they are on the hub, and makes `init_from` their folder.
+
+    Raises:
+        MachineError: when they are not to be had.
+    """
+    if config.init_from is not None and not Path(config.init_from).is_dir():
+        config.init_from = str(download(config.init_from, ["*.json", "*.safetensors*", "*.bin*"], "model.init_from"))
+
+
+def starting_weights(config: Config, model: MixtralConfig) -> Weights:
+    """Gives what fills a model: a folder's weights, of which each process reads its experts alone, or new ones."""
+    source = config.model.init_from
+    if source is None:
+        return lambda experts: initial_weights(model, config.run.seed, experts)
+
+    def read_folder(experts: range) -> Iterator[tuple[str, Tensor]]:
+        try:
+            yield from read(source, experts=experts)
+        except WeightsError as error:
+            raise CheckpointError(f"model.init_from={source}: {error}") from None
+
+    return read_folder
 
 
 def empty_model(config: MixtralConfig) -> MixtralForCausalLM:

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
-
 from train.compose import Composed
 from train.config import Config
 from train.data.loader import open_documents, pack
@@ -12,7 +10,7 @@ from train.errors import StopSignal, UserError, report
 from train.finish import finish
 from train.folder import RunFolder
 from train.loop import train
-from train.model import empty_model, initial_weights, model_config
+from train.model import empty_model, find_weights, model_config, starting_weights
 from train.observe.observer import Observer
 from train.observe.progress import header
 from train.observe.trackers import open_tracker
@@ -24,9 +22,8 @@ Work = Callable[[Engine, RunFolder | None, Config], str]
 
 
 def run(composed: Composed, work: Work | None = None) -> int:
-    """Does a verb's work, by default training; returns the exit code, which `exit.json` holds as well."""
-    engine: Engine | None = None
-    folder: RunFolder | None = None
+    """Does a verb's work, by default training; returns the exit code, as `exit.json` has it."""
+    engine, folder = None, None
     outcome = ("crash", 1, "ended without an error of its own")
     with signals_as_errors():
         try:
@@ -50,6 +47,7 @@ def run(composed: Composed, work: Work | None = None) -> int:
 
 def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
+    engine.first_on_each_host(lambda: find_weights(config.model))
     training, held_out = engine.first_on_each_host(lambda: open_documents(config.data))
     tokenizer = engine.on_main(lambda: open_tokenizer(config.data.tokenizer, config.model.vocab_size, training))
     if folder:
@@ -57,14 +55,11 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     data = engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
     max_steps = number_of_steps(config, data, engine.world_size)
 
-    model = empty_model(model_config(config.model, tokenizer.bos_token_id, tokenizer.eos_token_id))
-    engine.prepare(model, lambda experts: initial_weights(model.config, config.run.seed, experts))
-    torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
+    model = empty_model(model_config(config.model, tokenizer))
+    engine.prepare(model, starting_weights(config, model.config))
 
     if folder:
-        print(
-            header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type, str(folder.path))
-        )
+        print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer:
         train(engine, config, data, max_steps, observer)

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from mixtral import MixtralConfig
 from tests.train.helpers import metrics, run_small, write_corpus
-from train.config import Config
+from train.config import Config, RunConfig
 from train.observe import plots
 from train.observe.alarms import CollapseAlarm
 from train.observe.hardware import named_peak
@@ -67,7 +67,7 @@ def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
 
 
 def test_the_header_says_what_runs_where():
-    text = header(Config(), MixtralConfig(), "5 tokens", 100, 2, "cpu", "runs/x")
+    text = header(Config(run=RunConfig(dir="runs/x")), MixtralConfig(), "5 tokens", 100, 2, "cpu")
     assert "46.7 B parameters, 12.9 B active per token: 32 layers, 8 experts, top-2" in text
     assert "8.2 k tokens: 2 processes x 1 rows x 1 accumulated" in text
     assert "runs/x" in text

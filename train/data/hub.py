@@ -1,7 +1,9 @@
 """Whether the hub can be reached, asked once and answered in seconds."""
 
+from pathlib import Path
+
 import httpx
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
 from train.errors import MachineError
 
@@ -28,3 +30,22 @@ def require_hub(wanted: str) -> None:
             f"{wanted}: no such file or folder, and the hub at {constants.ENDPOINT} cannot be reached ({error}); "
             "HF_HUB_OFFLINE=1 uses what is in its cache"
         ) from None
+
+
+def download(name: str, patterns: list[str], wanted_by: str) -> Path:
+    """Fetches files of a model from the hub, or finds them in its cache.
+
+    Args:
+        name: hub id.
+        patterns: of the files.
+        wanted_by: the key, for the message.
+
+    Raises:
+        MachineError: when they are not to be had.
+    """
+    require_hub(f"{wanted_by}={name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MachineError(f"{wanted_by}={name}: no such folder, and not to be had from the hub ({reason})") from None

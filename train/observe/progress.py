@@ -17,9 +17,7 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def header(
-    config: Config, model: MixtralConfig, size: str, max_steps: int, processes: int, device: str, folder: str
-) -> str:
+def header(config: Config, model: MixtralConfig, size: str, max_steps: int, processes: int, device: str) -> str:
     """Describes a run in a few aligned lines."""
     plural = f"{processes} process{'es' if processes > 1 else ''}"
     parameters = model.count_parameters()
@@ -32,7 +30,7 @@ def header(
         "step": f"{count(rows * data.sequence_length)} tokens: {plural} x {train.micro_batch_size} rows x "
         f"{train.gradient_accumulation_steps} accumulated",
         "run": f"{max_steps} steps in {train.precision} on {processes} x {device}",
-        "folder": folder,
+        "folder": str(config.run.dir),
     }
     return "\n".join(f"{name:>8}  {text}" for name, text in lines.items())
 

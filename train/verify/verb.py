@@ -33,6 +33,7 @@ ATTEMPTS = 20
 def shrink(config: Config) -> None:
     """Turns a recipe into its proof: plain SGD, clipping at work, nothing random, and small unless `verify.full`."""
     model = config.model
+    model.init_from = None  # weights are drawn: routers that are decided and unequal
     model.attention_dropout = model.router_jitter_noise = 0.0
     config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.0, 0.5
     if config.verify.full:
@@ -58,7 +59,7 @@ class Verification:
 
     def __init__(self, engine: Engine, config: Config) -> None:
         self._engine, self._config = engine, config
-        self._model = model_config(config.model, None, None)
+        self._model = model_config(config.model, None)
         self._coefficients = Coefficients.of(config)
         self._start: Values = {}
         self._expected = [Step(math.nan, math.nan, math.nan, {}, {})] * STEPS  # known to the main process alone

@@ -1,0 +1,118 @@
+"""Experts split over processes, and ZeRO, train what one process trains."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from mixtral import MixtralForCausalLM
+from tests.train.helpers import PYTHON, SMALL, launch, metrics, read_json, torchrun, write_corpus
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+MODULE = ["-m", "train"]
+
+CASES = ["even", "all to one expert", "none to the first rank", "one rank has no token", "unequal", "a single token"]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_routing_gives_the_outputs_and_gradients_of_one_process(processes):
+    done = launch([*torchrun(processes), "-m", "tests.multiprocess.dispatch_worker"], *CASES, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == [f"held: {case}" for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Launches a small run and returns its folder."""
+    folders = tmp_path_factory.mktemp("runs")
+    corpus = write_corpus(folders / "corpus.jsonl", documents=300)
+
+    def start(name, processes, *words):
+        command = [*torchrun(processes), *MODULE] if processes > 1 else PYTHON
+        done = launch(command, *SMALL, f"data.path={corpus}", f"run.dir={folders / name}", *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folders / name
+
+    return start
+
+
+def assert_same_run(mine, other, tolerance=1e-4):
+    for got, expected in zip(metrics(mine), metrics(other), strict=True):
+        for figure in ("loss", "router_loss", "grad_norm", "eval_loss"):
+            assert (figure in got) == (figure in expected)
+            if figure in got:
+                assert got[figure] == pytest.approx(expected[figure], abs=tolerance), (got["step"], figure)
+    wanted, found = (load_file(folder / "export" / "model.safetensors") for folder in (other, mine))
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert (tensor - wanted[name]).norm() <= tolerance * wanted[name].norm(), name
+
+
+def assert_loads_in_transformers(folder):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "export")
+    ours = MixtralForCausalLM.from_pretrained(folder / "export")
+    ids = torch.arange(40).view(2, 20)
+    assert torch.allclose(theirs(ids).logits, ours(ids).logits, atol=1e-5)
+
+
+THIRTY = ["train.max_steps=30", "evaluate.every=10"]
+
+
+@pytest.fixture(scope="module")
+def one_process(run):
+    return run("one", 1, *THIRTY, "train.micro_batch_size=8")
+
+
+LAYOUTS = {
+    "2 processes, ZeRO-1": (2, ["parallel.zero=1", "train.micro_batch_size=4"]),
+    "2 processes, EP 2": (2, ["parallel.expert=2", "parallel.zero=2", "train.micro_batch_size=4"]),
+    "4 processes, EP 2": (4, ["parallel.expert=2", "parallel.zero=3", "train.micro_batch_size=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_thirty_steps_are_those_of_one_process(run, one_process, layout):
+    processes, words = LAYOUTS[layout]
+    folder = run(layout, processes, *THIRTY, *words)
+    assert_same_run(folder, one_process)
+    assert_loads_in_transformers(folder)
+    crossing = [row["cross_rank_fraction"] for row in metrics(folder) if "loss" in row]
+    if "parallel.expert=2" in words:
+        assert all(0.3 < fraction < 0.7 for fraction in crossing)  # about half of the rows, with two ranks
+    else:
+        assert crossing == [0.0] * 30
+
+
+def test_accumulation_changes_nothing_under_the_previous_step_scope(run):
+    words = [*THIRTY, "train.router_loss_scope=previous_step", "model.router_aux_loss_coef=0.1"]
+    whole = run("whole", 1, *words, "train.micro_batch_size=8")
+    for accumulation in (2, 4):
+        split = [f"train.micro_batch_size={4 // accumulation}", f"train.gradient_accumulation_steps={accumulation}"]
+        folder = run(f"accumulated {accumulation}", 2, *words, *split, "parallel.expert=2", "parallel.zero=1")
+        assert_same_run(folder, whole)
+
+
+def test_processes_that_read_their_experts_alone_start_from_the_same_weights(run, one_process):
+    words = [f"model.init_from={one_process / 'export'}", "train.max_steps=4", "optim.lr=1e-3"]
+    one = run("continued", 1, *words, "train.micro_batch_size=8")
+    assert metrics(one)[0]["eval_loss"] == pytest.approx(metrics(one_process)[-1]["eval_loss"], abs=1e-6)
+    two = run("continued by two", 2, *words, "train.micro_batch_size=4", "parallel.expert=2", "parallel.zero=3")
+    assert_same_run(two, one)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloading_changes_no_figure(run, stage):
+    words = ["train.max_steps=3", "train.micro_batch_size=4", "parallel.expert=2", f"parallel.zero={stage}"]
+    offload = ["parallel.offload_optimizer=true", *(["parallel.offload_parameters=true"] if stage == 3 else [])]
+    kept = run(f"kept {stage}", 2, *words)
+    assert_same_run(run(f"offloaded {stage}", 2, *words, *offload), kept, 1e-6)
+
+
+def test_a_gradient_that_is_not_finite_ends_every_process_with_code_5(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents=300)
+    words = [f"data.path={corpus}", f"run.dir={tmp_path / 'run'}", "optim=sgd", "optim.lr=1e30", "train.max_steps=5"]
+    layout = ["parallel.expert=2", "parallel.zero=2", "schedule=constant", "schedule.warmup_steps=0"]
+    done = launch([*torchrun(2), *MODULE], *SMALL, *words, *layout, timeout=120)
+    assert "exitcode  : 5" in done.stderr, done.stderr[-2000:]
+    assert read_json(tmp_path / "run" / "exit.json")["reason"] == "numerics"
+    assert not (tmp_path / "run" / "export").exists()
