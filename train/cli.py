@@ -53,10 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(table())
             return 0
         from train.compose import compose
+        from train.parallel.launcher import check_launch
 
         composed = compose(rest)
+        check_launch(composed.config)
     except UserError as error:
-        report(error)
+        report(error, met=False)
         return error.code
     from train.run import run
 

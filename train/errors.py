@@ -74,13 +74,18 @@ class StopSignal(BaseException):
         return self.message
 
 
-def report(error: UserError | StopSignal) -> None:
-    """Says an error once: the main process prints it, the others give it time to, but for a signal, which all get.
+def report(error: UserError | StopSignal, *, met: bool) -> None:
+    """Says an error once: one process prints it, the others give it time to, but for a signal, which all get.
 
     A launcher ends all processes as soon as one has failed. Were another the first, the main process would
     be ended before its message and its `exit.json`.
+
+    Args:
+        error: what to say.
+        met: whether the processes have met, and raise the same; before, the first of each host speaks for its host.
     """
-    if os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or (not met and os.environ.get("LOCAL_RANK", rank) == "0"):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif isinstance(error, UserError):
         with contextlib.suppress(StopSignal):  # which is how the launcher ends it

@@ -33,7 +33,7 @@ def run(composed: Composed, work: Work | None = None) -> int:
             outcome = ("done", 0, (work or training)(engine, folder, composed.config))
         except (UserError, StopSignal) as error:
             outcome = (error.reason, error.code, str(error))
-            report(error)
+            report(error, met=engine is not None)
         except Exception as error:
             outcome = ("crash", 1, f"{type(error).__name__}: {error}")
             raise

@@ -1,7 +1,5 @@
 """The processes of a run: how they meet, add up figures, and share one model through accelerate."""
 
-import datetime
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -16,11 +14,12 @@ from mixtral import MixtralForCausalLM
 from mixtral.weights.names import is_stacked
 from train.config import Config
 from train.data.packing import Batch
-from train.errors import MachineError, UserError
+from train.errors import UserError
+from train.parallel.launcher import number_of_processes
+from train.parallel.meeting import meet
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # one process may tokenize a corpus while the others wait
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Kind = Literal["weights", "masters", "gradients"]
@@ -57,13 +56,10 @@ class Engine(ABC):
     def __init__(self, config: Config, **options: Any) -> None:
         cpu = not torch.cuda.is_available()
         handlers: list[Any] = options.pop("kwargs_handlers", [])
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # on a CPU accelerate needs to be told of gloo
-            handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else None, timeout=COLLECTIVE_TIMEOUT))
-        try:
-            self.accelerator = Accelerator(kwargs_handlers=handlers, **options)
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise MachineError(f"the processes cannot meet at {address}: {str(error).splitlines()[0]}") from None
+        if number_of_processes() > 1 or config.parallel.zero > 0:
+            meet("gloo" if cpu else "nccl", config.parallel.meeting_seconds)
+            handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else None))  # accelerate would guess wrong
+        self.accelerator = Accelerator(kwargs_handlers=handlers, **options)
         self.expert_ranks = config.parallel.expert
         self.dtype = DTYPES[config.train.precision]
         self.rank: int = self.accelerator.process_index

@@ -1,0 +1,144 @@
+"""How the processes of a run meet, in bounded time, and form their process group."""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from train.errors import MachineError
+from train.parallel.launcher import hosts_the_meeting, interfaces, listen, meeting_place, number_of_processes
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # one process may tokenize a corpus while the others wait
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 5.0
+
+
+def meet(backend: str, patience: float) -> None:
+    """Forms the process group of all processes; a lone process becomes a group of its own.
+
+    Args:
+        backend: gloo or nccl.
+        patience: seconds that a process waits for the others, and for their first connections.
+
+    Raises:
+        MachineError: naming the address that does not answer, or the processes that did not come.
+    """
+    timeout = datetime.timedelta(seconds=patience / 4)  # gloo tries so long several times
+    processes = number_of_processes()
+    if processes == 1:  # accelerate asks for these before it lets DeepSpeed drive
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        store: dist.Store = dist.HashStore()
+    else:
+        try:
+            store = _open_store(processes, patience)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise MachineError(f"the processes cannot meet at {meeting_place()}: {_first_line(error)}") from None
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=int(os.environ["RANK"]), world_size=processes, timeout=timeout
+        )
+    except RuntimeError as error:
+        raise MachineError(
+            f"the processes met, but cannot talk over {backend}: {_first_line(error)}; set "
+            f"{backend.upper()}_SOCKET_IFNAME to what joins the hosts, here one of {', '.join(interfaces())}"
+        ) from None
+    dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+
+
+def _open_store(processes: int, patience: float) -> dist.Store:
+    """Connects to the store at MASTER_ADDR:MASTER_PORT and returns once every process has."""
+    rank, deadline = int(os.environ["RANK"]), time.monotonic() + patience
+    hosting = hosts_the_meeting()
+    with listen() if hosting else contextlib.nullcontext() as listener:
+        _await_listener(deadline, patience)  # or torch would fill the terminal while it waits
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            processes,
+            is_master=hosting,
+            timeout=datetime.timedelta(seconds=patience),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach() if listener else None,
+        )
+    attempt = dist.PrefixStore(f"cierzo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt.set(f"here/{rank}", json.dumps(_describe_host()))
+    attempt.add("arrived", 1)
+    if rank == 0:
+        trouble = _trouble(attempt, processes, deadline, patience)
+        attempt.set("trouble", trouble)
+    else:
+        trouble = _told(attempt, deadline, patience)
+    if trouble:
+        time.sleep(GRACE_SECONDS * (rank == 0))  # the others read it, before the store goes
+        raise MachineError(trouble)
+    return attempt
+
+
+def _describe_host() -> tuple[str, str | None]:
+    """What tells this host from others, and what is wrong with it where there are others."""
+    network = os.readlink("/proc/self/ns/net")
+    host = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() + network
+    try:
+        with socket.create_server((socket.gethostname(), 0)) as own:
+            address = own.getsockname()[0]
+    except OSError:
+        address = "127.0.0.1"  # as gloo does
+    if torch.cuda.is_available() or "GLOO_SOCKET_IFNAME" in os.environ or not address.startswith("127."):
+        return host, None
+    return host, (
+        f"host {socket.gethostname()} calls itself {address}, which no other host can reach: set GLOO_SOCKET_IFNAME "
+        f"there to the interface that joins the hosts, one of {', '.join(sorted(set(interfaces()) - {'lo'}))}"
+    )
+
+
+def _await_listener(deadline: float, patience: float) -> None:
+    while True:
+        try:
+            address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            return socket.create_connection(address, timeout=max(POLL_SECONDS, deadline - time.monotonic())).close()
+        except OSError as error:
+            if time.monotonic() > deadline - POLL_SECONDS:
+                raise MachineError(
+                    f"nothing answers at {meeting_place()} within {patience:g} s (parallel.meeting_seconds): "
+                    f"{error.strerror or error}; MASTER_ADDR must be an address of the first process's host, the "
+                    "same for all"
+                ) from None
+            time.sleep(POLL_SECONDS)
+
+
+def _trouble(store: dist.Store, processes: int, deadline: float, patience: float) -> str:
+    """Waits for every process; says what is wrong with those that came, or did not."""
+    while store.add("arrived", 0) < processes:
+        if time.monotonic() > deadline:
+            absent = [rank for rank in range(processes) if not store.check([f"here/{rank}"])]
+            return _absence(", ".join(map(str, absent)), patience)
+        time.sleep(POLL_SECONDS)
+    hosts = dict(json.loads(store.get(f"here/{rank}")) for rank in range(processes))
+    return next(filter(None, hosts.values()), "") if len(hosts) > 1 else ""
+
+
+def _told(store: dist.Store, deadline: float, patience: float) -> str:
+    """Waits for what the first process found."""
+    while not store.check(["trouble"]):
+        if time.monotonic() > deadline + GRACE_SECONDS:
+            return _absence("0", patience)
+        time.sleep(POLL_SECONDS)
+    return store.get("trouble").decode()
+
+
+def _absence(ranks: str, patience: float) -> str:
+    return (
+        f"process {ranks} of {number_of_processes()} did not come to {meeting_place()} within {patience:g} s "
+        "(parallel.meeting_seconds): did it start, and can its host reach that address?"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
