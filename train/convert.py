@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         check(words)
         convert(words)
     except UserError as error:
-        report(error)
+        report(error, met=False)
         return error.code
     except KeyboardInterrupt:
         return 130

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from train.config import OptimConfig, ScheduleConfig
-from train.optim import MasterWeights, build_optimizer, learning_rate
+from train.optim import MasterWeights, build_optimizer, global_norm, learning_rate
 
 STEPS, WARMUP = 50, 10
 
@@ -78,3 +78,9 @@ def test_bf16_gradients_are_accumulated_in_fp32():
         masters.collect_gradients()
     assert masters.by_name["weight"].grad.item() == 257.0
     assert model.weight.grad is None
+
+
+def test_the_norm_of_millions_of_gradients_is_exact():
+    gradients = [torch.randn(3000, 1001), torch.randn(5), torch.zeros(0), torch.full((2, 2), 3.0)]
+    exact = torch.cat([gradient.flatten().double() for gradient in gradients]).norm()
+    assert global_norm(gradients).item() == pytest.approx(exact.item(), rel=1e-7)

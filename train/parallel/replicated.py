@@ -11,7 +11,7 @@ from torch import Tensor
 from mixtral import MixtralForCausalLM
 from train.config import Config
 from train.errors import ConfigError, NumericsError
-from train.optim import MasterWeights, build_optimizer
+from train.optim import MasterWeights, build_optimizer, global_norm
 from train.parallel.engine import Engine, Kind, Weights, fill
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -64,7 +64,7 @@ class ReplicatedEngine(Engine):
 
     def step(self, lr: float) -> float:
         gradients = self._gradients()
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = global_norm(gradients)
         if not torch.isfinite(norm):
             raise NumericsError.of_gradient(norm.item())
         if self._config.max_grad_norm is not None:
