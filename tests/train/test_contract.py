@@ -1,0 +1,63 @@
+"""What this package takes from DeepSpeed that DeepSpeed does not promise: each name, and what stands on it."""
+
+import inspect
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.module_inject import auto_ep_layer
+from deepspeed.moe import utils as moe_utils
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
+
+from mixtral import MixtralConfig
+from train.parallel.expert import ExpertParallelBlock
+
+NAMES = {
+    "the layer that DeepSpeed's engine takes for its own": (auto_ep_layer, "AutoEPMoELayer"),
+    "where a layer's experts lie": (auto_ep_layer, "legacy_uniform_autoep_placement_descriptor"),
+    "the groups of expert and data parallelism": (groups, "_create_expert_and_data_parallel"),
+    "the ranks that share a layer's experts out": (groups, "_get_expert_parallel_group"),
+    "the ranks that hold the same experts": (groups, "_get_expert_data_parallel_group"),
+    "optimizer groups of experts": (moe_utils, "split_params_into_different_moe_groups_for_optimizer"),
+    "partitioning a parameter when it is filled": (Init, "_convert_to_zero_parameters"),
+    "the end of an accumulation": (DeepSpeedEngine, "set_gradient_accumulation_boundary"),
+    "kernels that need no compiler": (deepspeed.ops, "__compatible_ops__"),
+    "a timeout after the meeting": (dist.distributed_c10d, "_set_pg_timeout"),
+}
+
+
+@pytest.mark.parametrize("use", NAMES)
+def test_a_private_name_is_where_it_was(use):
+    owner, name = NAMES[use]
+    version = f"deepspeed {deepspeed.__version__}, torch {torch.__version__}"
+    assert hasattr(owner, name), f"{name} is gone from {owner} ({version}): {use} needs another way"
+
+
+def test_the_engine_knows_expert_parameters_by_the_marks_we_set():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    assert not moe_utils.is_moe_param(parameter)
+    parameter.allreduce = False
+    assert moe_utils.is_moe_param(parameter)
+
+
+@pytest.mark.parametrize("optimizer", [BF16_Optimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3])
+def test_an_optimizer_says_whether_it_skipped_a_step(optimizer):
+    assert "self.overflow = True" in inspect.getsource(optimizer)
+
+
+def test_our_block_is_deepspeeds_layer_with_the_models_parameters():
+    config = MixtralConfig(hidden_size=16, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
+    block = ExpertParallelBlock(config, 4, 1)
+    assert isinstance(block, auto_ep_layer.AutoEPMoELayer)
+    shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
+    assert shapes == {"gate.weight": (8, 16), "experts.gate_up_proj": (2, 16, 16), "experts.down_proj": (2, 16, 8)}
