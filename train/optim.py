@@ -18,9 +18,14 @@ def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> to
         parameters: what is updated, by name.
         config: of the optimizer.
     """
-    matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    decayed: dict[bool, list[Tensor]] = {True: [], False: []}
+    for parameter in parameters.values():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed's, of a parameter in parts
+        decayed[len(shape) >= 2].append(parameter)
+    groups = [
+        {"params": decayed[True], "weight_decay": config.weight_decay},
+        {"params": decayed[False], "weight_decay": 0.0},
+    ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

@@ -55,7 +55,9 @@ def assert_loads_in_transformers(folder):
     assert torch.allclose(theirs(ids).logits, ours(ids).logits, atol=1e-5)
 
 
-THIRTY = ["train.max_steps=30", "evaluate.every=10", "optim.eps=1e-6"]  # Adam without it magnifies rounding
+# Adam with a smaller epsilon magnifies rounding; among fewer tokens, one that rounding routes elsewhere shows
+THIRTY = ["train.max_steps=30", "evaluate.every=10", "optim.eps=1e-6", "data.sequence_length=128"]
+THIRTY += ["schedule.warmup_steps=60"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_accumulation_changes_nothing_under_the_previous_step_scope(run):
 
 
 def test_processes_that_read_their_experts_alone_start_from_the_same_weights(run, one_process):
-    words = [f"model.init_from={one_process / 'export'}", "train.max_steps=4", "optim.lr=1e-3"]
+    words = [f"model.init_from={one_process / 'export'}", "train.max_steps=4", "data.sequence_length=128"]
     one = run("continued", 1, *words, "train.micro_batch_size=8")
     assert metrics(one)[0]["eval_loss"] == pytest.approx(metrics(one_process)[-1]["eval_loss"], abs=1e-6)
     two = run("continued by two", 2, *words, "train.micro_batch_size=4", "parallel.expert=2", "parallel.zero=3")

@@ -93,11 +93,14 @@ def expected_steps(
 
 
 def descend(masters: Values, gradients: Values, config: Config) -> tuple[Values, float]:
-    """Takes a clipped step of gradient descent; returns the new masters and the gradient's norm."""
+    """Takes a clipped step of gradient descent, matrices decaying; returns the new masters and the gradient's norm."""
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
     limit = config.optim.max_grad_norm
     scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-    return {name: master - LR * scale * gradients[name] for name, master in masters.items()}, norm
+    decay = {name: config.optim.weight_decay if master.dim() > 1 else 0.0 for name, master in masters.items()}
+    return {
+        name: master - LR * (scale * gradients[name] + decay[name] * master) for name, master in masters.items()
+    }, norm
 
 
 def plain_steps(

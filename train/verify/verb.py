@@ -31,11 +31,11 @@ ATTEMPTS = 20
 
 
 def shrink(config: Config) -> None:
-    """Turns a recipe into its proof: plain SGD, clipping at work, nothing random, and small unless `verify.full`."""
+    """Turns a recipe into its proof: SGD, clipping and decay at work, nothing random, small unless `verify.full`."""
     model = config.model
     model.init_from = None  # weights are drawn: routers that are decided and unequal
     model.attention_dropout = model.router_jitter_noise = 0.0
-    config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.0, 0.5
+    config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.01, 0.5
     if config.verify.full:
         return
     shared = model.num_attention_heads // model.num_key_value_heads
