@@ -6,6 +6,7 @@ Reads go through `readinto` and not through a memory map, whose pages would coun
 import json
 import math
 import pickle
+import re
 import zipfile
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -219,7 +220,8 @@ def pickle_header(path: Path) -> dict[str, Stored]:
         with zipfile.ZipFile(path) as archive:
             records = sorted(archive.infolist(), key=lambda record: record.header_offset)
     except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, ValueError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+        code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own words advise to run it
+        reason = f"it asks for {code[1]}" if code else "it is damaged, or of the format before PyTorch 1.6"
         raise WeightsError(f"{path} cannot be read as plain tensors, and nothing in it was run: {reason}") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")

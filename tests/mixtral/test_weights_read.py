@@ -286,7 +286,8 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(single, tmp_path):
     torch.load(single / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "ran").exists()  # the bomb is live
     (tmp_path / "ran").unlink()
-    refused(single, "pytorch_model.bin cannot be read as plain tensors, and nothing in it was run")
+    # the end of the message: torch's own goes on with how to run the code
+    refused(single, "pytorch_model.bin cannot be read as plain tensors, and nothing in it was run: it asks for getattr$")
     assert not (tmp_path / "ran").exists()
 
 
@@ -330,11 +331,11 @@ def shortened_record(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_short, "cannot be read as plain tensors"),
+        (cut_short, "cannot be read as plain tensors.*: it is damaged"),
         (not_a_dictionary, "holds a list, expected a dictionary of tensors"),
         (not_a_tensor, "'a' is a str, expected a tensor"),
         (not_contiguous, r"tensor a in .*strides \(1, 4\), expected .*contiguous"),
-        (old_format, "cannot be read as plain tensors"),
+        (old_format, "cannot be read as plain tensors.* before PyTorch 1.6"),
         (compressed, "tensor a in .*: its record is damaged or compressed"),
         (shortened_record, "tensor a in .*: its record is damaged or compressed"),
     ],
