@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length seen
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -63,7 +65,7 @@ class MixtralConfig(PreTrainedConfig):
         rope_parameters: transformers' form of the rotary settings; wins over `rope_theta`.
 
     Raises:
-        ValueError: when the sizes contradict each other.
+        ValueError: for a value that cannot be, or sizes that contradict each other.
 
     Source: https://huggingface.co/docs/transformers/model_doc/mixtral and arXiv 2401.04088, table 1.
     """
@@ -106,6 +108,13 @@ class MixtralConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         assert self.rope_parameters is not None
         self.rope_theta = self.rope_parameters["rope_theta"]
+        if self.rope_parameters["rope_type"] not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_parameters.rope_type={self.rope_parameters['rope_type']!r} is not supported: "
+                f"expected one of {', '.join(ROPE_TYPES)}"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window}: expected None, or a number above 0")
         if not callable(self.hidden_act) and self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is neither a function nor one of: {', '.join(ACT2FN)}")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:

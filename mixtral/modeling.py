@@ -67,19 +67,12 @@ class RotaryEmbedding(nn.Module):
 
     It holds no buffer: the frequencies follow from the configuration, so none can be lost on the way
     through a checkpoint or a meta device.
-
-    Raises:
-        ValueError: for the rope types whose frequencies depend on the length seen so far.
     """
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
         self.config = config
         self.rope_type = (config.rope_parameters or {})["rope_type"]
-        if self.rope_type in ("dynamic", "longrope"):
-            raise ValueError(
-                f"rope_parameters.rope_type={self.rope_type!r} is not supported; use default, linear, llama3 or yarn"
-            )
 
     def forward(self, x_BSH: Tensor, position_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosine and sine, each (B, S, D) in the dtype of `x_BSH`."""

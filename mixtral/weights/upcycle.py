@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig
 
-from mixtral.configuration import MixtralConfig
+from mixtral.configuration import ROPE_TYPES, MixtralConfig
 from mixtral.weights import names
 from mixtral.weights.files import WeightsError, read_json, scan
 from mixtral.weights.read import build_config, check_tensors, ignorable, whole
@@ -26,7 +26,6 @@ CARRIED = (
     *("hidden_act", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "use_cache"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class DenseFolder:

@@ -95,10 +95,21 @@ def test_contradicting_sizes_are_refused(changes, key):
         MixtralConfig(**SIZES | changes)
 
 
-def test_rope_types_that_depend_on_length_are_refused():
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(ValueError, match="rope_type='dynamic'"):
-        MixtralForCausalLM(MixtralConfig(**SIZES, rope_parameters=rope))
+def test_without_key_value_heads_every_query_head_has_its_own():
+    assert MixtralConfig(**SIZES | {"num_key_value_heads": None}).num_key_value_heads == SIZES["num_attention_heads"]
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "nonsense"])
+def test_rope_types_that_depend_on_length_or_do_not_exist_are_refused(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match=f"rope_type='{rope_type}'"):
+        MixtralConfig(**SIZES, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_in_which_a_query_would_not_see_itself_is_refused(window):
+    with pytest.raises(ValueError, match=f"sliding_window={window}: expected None, or a number above 0"):
+        MixtralConfig(**SIZES, sliding_window=window)
 
 
 def test_linear_rope_scaling_equals_transformers():

@@ -287,7 +287,9 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(single, tmp_path):
     assert (tmp_path / "ran").exists()  # the bomb is live
     (tmp_path / "ran").unlink()
     # the end of the message: torch's own goes on with how to run the code
-    refused(single, "pytorch_model.bin cannot be read as plain tensors, and nothing in it was run: it asks for getattr$")
+    refused(
+        single, "pytorch_model.bin cannot be read as plain tensors, and nothing in it was run: it asks for getattr$"
+    )
     assert not (tmp_path / "ran").exists()
 
 
