@@ -18,6 +18,7 @@ SIZES = (
     *("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok"),
     *("max_position_embeddings", "sliding_window"),
 )
+MAX_EXPERTS = 1_000_000  # in all layers: a file that says more would be answered by running out of memory
 
 
 class WeightFolder:
@@ -148,10 +149,20 @@ def build_config(path: Path, fields: Mapping[str, Any], spelling: Mapping[str, s
     for key in ("rms_norm_eps", "rope_theta"):
         if (value := fields.get(key)) is not None and (type(value) not in (int, float) or value <= 0):
             raise WeightsError(f"{path}: {called(key)}={value!r}, expected a number above 0")
+    if type(fields.get("tie_word_embeddings", False)) is not bool:
+        raise WeightsError(f"{path}: tie_word_embeddings={fields['tie_word_embeddings']!r}, expected true or false")
+    if fields.get("quantization_config"):
+        raise WeightsError(f"{path}: quantization_config is set, expected weights that are not quantized")
     try:
-        return MixtralConfig.from_dict(dict(fields))
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        config = MixtralConfig.from_dict(dict(fields))
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise WeightsError(f"{path}: {' '.join(str(error).split())}") from None
+    if config.num_hidden_layers * config.num_local_experts > MAX_EXPERTS:
+        raise WeightsError(
+            f"{path}: {called('num_hidden_layers')}={config.num_hidden_layers} times "
+            f"{called('num_local_experts')}={config.num_local_experts}, expected at most {MAX_EXPERTS:,} experts in all"
+        )
+    return config
 
 
 def ignorable(tied: bool, tensors: Mapping[str, Stored], folder: Path) -> set[str]:

@@ -357,6 +357,11 @@ def test_a_damaged_pickle_is_refused(single, damage, message):
         ('{"model_type": "llama"}', "config.json: model_type='llama', expected 'mixtral'"),
         ('{"model_type": "mixtral", "hidden_size": "32"}', "config.json: hidden_size='32', expected a whole number"),
         ('{"model_type": "mixtral", "num_experts_per_tok": 9}', "config.json: num_experts_per_tok=9 must lie between"),
+        ('{"model_type": "mixtral", "num_hidden_layers": 999999999}', "config.json: num_hidden_layers=999999999 times"),
+        ('{"model_type": "mixtral", "num_local_experts": 999999999}', "times num_local_experts=999999999, expected"),
+        ('{"model_type": "mixtral", "tie_word_embeddings": "no"}', "config.json: tie_word_embeddings='no', expected"),
+        ('{"model_type": "mixtral", "quantization_config": {"bits": 4}}', "config.json: quantization_config is set"),
+        ('{"model_type": "mixtral", "id2label": 3}', "config.json: 'int' object has no attribute 'items'"),
     ],
 )
 def test_a_configuration_that_cannot_be_used_is_refused(single, text, message):
