@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from mixtral.weights import names
-from mixtral.weights.files import DTYPES, Stored, pickle_header
+from mixtral.weights.files import DTYPES, Stored, WeightsError, pickle_header
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -109,6 +109,7 @@ class TensorWriter:
 
         Raises:
             ValueError: for a tensor that was not planned so, or comes twice.
+            WeightsError: for a number that is finite, but not in the planned dtype.
         """
         stored = self._tensors.get(name)
         if stored is None:
@@ -119,6 +120,11 @@ class TensorWriter:
         if (name, part) in self._seen:
             raise ValueError(f"tensor {name}, part {part}, was written before")
         flat = tensor.detach().to("cpu", stored.dtype).contiguous().view(-1)
+        if stored.dtype != tensor.dtype and int(flat.isinf().sum()) > int(tensor.isinf().sum()):
+            raise WeightsError(
+                f"tensor {name} holds {tensor.abs().max():.3g}, which {stored.dtype} cannot hold, "
+                f"expected at most {torch.finfo(stored.dtype).max:.3g}: give another dtype"
+            )
         view = memoryview(flat.view(torch.uint8).numpy().data)
         with stored.path.open("r+b", buffering=0) as file:
             file.seek(stored.offset + part * view.nbytes)

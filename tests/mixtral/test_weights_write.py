@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from mixtral.weights import names, read
+from mixtral.weights import WeightsError, names, read
 from mixtral.weights.write import HubWriter, Planned, new_folder
 
 
@@ -60,6 +60,15 @@ def test_the_writer_refuses_what_was_not_planned_comes_twice_or_is_missing(tmp_p
                 writer.add("a", torch.ones(2, 2), part=1)
             writer.add("a", torch.full((2, 2), 2.0))
     assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [[2, 2], [2, 2], [1, 1], [1, 1]]
+
+
+def test_a_number_too_large_for_the_planned_dtype_is_refused_and_an_infinity_is_kept(tmp_path):
+    with HubWriter(tmp_path, {"a": Planned(torch.float16, (2,)), "b": Planned(torch.float16, (2,))}) as writer:
+        writer.add("a", torch.tensor([1.0, float("inf")]))
+        with pytest.raises(WeightsError, match=r"tensor b holds 1e\+05, which torch.float16 cannot hold"):
+            writer.add("b", torch.tensor([1e5, 0.0]))
+        writer.add("b", torch.tensor([6e4, 0.0]))
+    assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [1.0, float("inf")]
 
 
 def test_a_failed_folder_leaves_nothing_and_an_existing_one_is_kept(tmp_path):
