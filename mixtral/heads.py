@@ -237,7 +237,9 @@ class MixtralForSequenceClassification(MixtralPreTrainedModel):
                 )
             return F.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
         if problem == "single_label_classification":
-            return F.cross_entropy(logits, labels.view(-1))
+            if labels.is_floating_point():
+                raise ValueError(f"labels of {labels.dtype} are no class indices")
+            return F.cross_entropy(logits, labels.view(-1).long())
         if problem == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         raise ValueError(

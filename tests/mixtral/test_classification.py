@@ -96,9 +96,16 @@ def test_routing_is_returned_when_asked_for():
     [
         ({"num_labels": 1}, torch.zeros(2), "do not fit 1 real numbers"),
         ({"problem_type": "regression"}, torch.zeros(3), "do not fit 3 real numbers"),
+        ({"problem_type": "single_label_classification"}, torch.zeros(3), "torch.float32 are no class indices"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(changes, labels, message):
     _, ours = pair(**changes)
     with pytest.raises(ValueError, match=message):
         ours(input_ids=padded("right")[0], labels=labels)
+
+
+def test_class_indices_may_be_of_any_whole_dtype():
+    _, ours = pair()
+    ids, labels = padded("right")[0], torch.tensor([0, 2, 1])
+    assert ours(input_ids=ids, labels=labels.int()).loss == ours(input_ids=ids, labels=labels).loss
