@@ -168,6 +168,14 @@ class MixtralPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def __init__(self, config: MixtralConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, MixtralConfig):
+            raise TypeError(
+                f"config is a {type(config).__module__}.{type(config).__name__}, expected a mixtral.MixtralConfig: "
+                "MixtralConfig.from_dict(config.to_dict())"
+            )
+        super().__init__(config, *args, **kwargs)
+
     def _flash_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
         """Says all that flash attention needs where transformers misses the first of it."""
         try:

@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+HUB_FILES = ("model*.safetensors*", "pytorch_model*.bin*")
 LINES = 10  # of progress, where there is no terminal
 
 
@@ -58,7 +59,10 @@ class Source(Protocol):
 def parser() -> argparse.ArgumentParser:
     """Builds the parser of the verb's words."""
     words = argparse.ArgumentParser(
-        prog="cierzo convert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="cierzo convert",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     words.add_argument("--input_dir", type=Path, required=True, help="folder of weights")
     words.add_argument("--output_dir", type=Path, required=True, help="folder to make; it appears whole or not at all")
@@ -123,7 +127,7 @@ def check(words: argparse.Namespace) -> None:
     """Refuses words that do not go together.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError, CheckpointError: naming them.
     """
     given = [f"--{key}" for key in ("top_k", "noise", "seed") if getattr(words, key) is not None]
     if words.upcycle is None and given:
@@ -139,6 +143,18 @@ def check(words: argparse.Namespace) -> None:
         raise ConfigError(f"--instruct needs --to=hub: the files of --to={words.to} hold no chat template")
     if not words.input_dir.is_dir():
         raise ConfigError(f"--input_dir={words.input_dir} is not a folder")
+    if words.output_dir.exists() and not (words.output_dir.is_dir() and not any(words.output_dir.iterdir())):
+        raise ConfigError(f"--output_dir: {words.output_dir} exists already: name another folder, or move it away")
+    if words.upcycle is None and not holds_weights(words.input_dir):
+        raise CheckpointError(
+            f"{words.input_dir} holds neither model*.safetensors or pytorch_model*.bin with config.json, "
+            "nor consolidated* with params.json"
+        )
+
+
+def holds_weights(folder: Path) -> bool:
+    """Says whether a folder has files of any format that is read."""
+    return (folder / "params.json").exists() or any(any(folder.glob(pattern)) for pattern in HUB_FILES)
 
 
 def convert(words: argparse.Namespace) -> None:
@@ -157,6 +173,8 @@ def convert(words: argparse.Namespace) -> None:
         with new_folder(words.output_dir) as folder:
             carry_tokenizer(words.input_dir, folder, words, rows=source.config.vocab_size)
             size = write_weights(source, folder, words)
+        if words.to != "hub":
+            say_what_is_lost(source.config, words.input_dir)
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
     except FileExistsError as error:
@@ -169,11 +187,20 @@ def convert(words: argparse.Namespace) -> None:
     print(f"{words.output_dir}: {count.total:,} parameters, {count.active:,} active per token, {_gigabytes(size)}")
 
 
+def say_what_is_lost(config: "MixtralConfig", folder: Path) -> None:
+    """Prints the settings that Mistral's files have no place for, where they are not the published ones."""
+    published = type(config)()
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "router_aux_loss_coef")
+    lost = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key) != getattr(published, key)]
+    lost += ["generation_config.json"] if (folder / "generation_config.json").exists() else []
+    if lost:
+        print(f"not kept, since Mistral's files have no place for it: {', '.join(lost)}")
+
+
 def open_source(words: argparse.Namespace) -> Source:
     """Opens the input, whatever its format.
 
     Raises:
-        CheckpointError: when it has none.
         WeightsError: when it cannot be used.
     """
     from mixtral.weights.raw import RawFolder
@@ -184,14 +211,9 @@ def open_source(words: argparse.Namespace) -> Source:
     if words.upcycle is not None:
         options = {key: getattr(words, key) for key in ("top_k", "noise", "seed") if getattr(words, key) is not None}
         return DenseFolder(folder, words.upcycle, **options)
-    if any(any(folder.glob(pattern)) for pattern in ("model*.safetensors*", "pytorch_model*.bin*")):
+    if any(any(folder.glob(pattern)) for pattern in HUB_FILES):
         return WeightFolder(folder)
-    if (folder / "params.json").exists():
-        return RawFolder(folder)
-    raise CheckpointError(
-        f"{folder} holds neither model*.safetensors or pytorch_model*.bin with config.json, "
-        "nor consolidated* with params.json"
-    )
+    return RawFolder(folder)
 
 
 def write_weights(source: Source, folder: Path, words: argparse.Namespace) -> int:

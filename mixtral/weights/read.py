@@ -119,6 +119,10 @@ def read_config(folder: Path) -> MixtralConfig:
         WeightsError: when it is missing, not a Mixtral's, or contradicts itself.
     """
     path = folder / "config.json"
+    if not path.exists() and (folder / "params.json").exists():
+        raise WeightsError(
+            f"{folder} holds Mistral's raw files: bring them into the hub's layout with `cierzo convert`"
+        )
     content = read_json(path)
     if content.get("model_type") != "mixtral":
         raise WeightsError(

@@ -82,6 +82,11 @@ def test_every_documented_return_equals_transformers_as_object_and_as_tuple(name
     assert type(ours(**arguments)) is tuple
 
 
+def test_another_mixtral_configuration_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"transformers\..*MixtralConfig, expected a mixtral.MixtralConfig"):
+        MixtralForCausalLM(transformers.MixtralConfig(**SIZES))
+
+
 def test_options_follow_the_configuration_where_they_are_not_given():
     _, ours = pair("MixtralForCausalLM")
     for option in ("output_hidden_states", "output_attentions", "output_router_logits"):

@@ -417,3 +417,9 @@ def test_a_load_holds_at_its_peak_what_it_keeps(tmp_path, form):
     kept = sum(parameter.nbytes for parameter in model.parameters())
     assert kept > 150_000_000
     assert 0.9 * kept < int(done.stdout.split()[-1]) <= 1.1 * kept
+
+
+def test_a_raw_folder_is_sent_to_convert(tmp_path):
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(WeightsError, match="Mistral's raw files: .*cierzo convert"):
+        next(read(tmp_path))

@@ -160,6 +160,26 @@ def test_inputs_and_outputs_that_cannot_be_used_have_their_exit_codes(tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "hub"]
 
 
+def test_mistakes_that_need_no_torch_are_found_without_it(tmp_path, hub):
+    (tmp_path / "empty").mkdir()
+    for source, target in ((tmp_path / "empty", tmp_path / "out"), (hub, hub)):
+        words = ["convert", "--input_dir", str(source), "--output_dir", str(target)]
+        code = f"import sys; from train.cli import main; code = main({words!r}); assert 'torch' not in sys.modules; "
+        done = subprocess.run([sys.executable, "-c", f"{code} sys.exit(code)"], capture_output=True, text=True)
+        assert done.returncode in (2, 4), done.stderr
+
+
+def test_settings_that_the_raw_format_cannot_hold_are_named(tmp_path, make_model, capsys):
+    make_model(eos_token_id=[2, 5], pad_token_id=0).save_pretrained(tmp_path / "hub")
+    (tmp_path / "hub" / "generation_config.json").write_text("{}")
+    capsys.readouterr()
+    assert convert(tmp_path / "hub", tmp_path / "raw", "--to", "mistral") == 0
+    assert "not kept" in (said := capsys.readouterr().out)
+    assert "eos_token_id=[2, 5], pad_token_id=0, generation_config.json" in said
+    assert convert(tmp_path / "hub", tmp_path / "again") == 0
+    assert "not kept" not in capsys.readouterr().out
+
+
 def test_a_classifier_stays_one_and_does_not_fit_the_raw_format(tmp_path, capsys):
     model = MixtralForSequenceClassification(MixtralConfig(**SIZES, num_labels=3, pad_token_id=0)).eval()
     model.save_pretrained(tmp_path / "hub")
