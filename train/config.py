@@ -170,6 +170,9 @@ class ParallelConfig:
     )
     offload_optimizer: bool = key(False, "whether master weights and moments live in host memory; needs parallel.zero")
     offload_parameters: bool = key(False, "whether partitioned weights live in host memory; needs parallel.zero=3")
+    persistent_elements: int = key(
+        100_000, "with parallel.zero=3, weights of fewer elements stay whole on every process", minimum=0
+    )
     meeting_seconds: float = key(
         60.0, "how long the processes wait for one another at the start; more where hosts start unevenly", above=0
     )

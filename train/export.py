@@ -65,12 +65,34 @@ def export(
         held_out: the held-out documents, with a `text` column.
         config: of the run, for the card.
         summary: of the run, for the card.
+
+    Raises:
+        MachineError: on every process, when it cannot be written.
     """
     pieces = engine.pieces()
+
+    def write() -> None:
+        try:
+            _write(target, engine, pieces, tokenizer, held_out, config, summary)
+        finally:
+            for _ in pieces:  # what the others still send when the disk is full
+                pass
+
     if not engine.is_main:
         for _ in pieces:
             pass
-        return
+    engine.on_main(write)
+
+
+def _write(
+    target: Path,
+    engine: Engine,
+    pieces: Iterable[Piece],
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Dataset,
+    config: Config,
+    summary: dict[str, Any],
+) -> None:
     with new_folder(target) as folder:
         write_weights(folder, engine.module.config, pieces, engine.dtype)
         GenerationConfig(

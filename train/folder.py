@@ -57,7 +57,11 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
-        for name in ("exit.json", "summary.json"):  # of an attempt that ended before its first step
+        for name in (
+            "exit.json",
+            "summary.json",
+            "certificate.json",
+        ):  # of an attempt before its first step, or a proof
             (path / name).unlink(missing_ok=True)
 
     def _take_lock(self) -> None:

@@ -33,11 +33,9 @@ def inherit(config: Config, explicit: Collection[str]) -> None:
         name, given = item.name, getattr(config.model, item.name)
         if name in OWN or (name in FREE and f"model.{name}" in explicit):
             continue
-        theirs = _value(described, name, item.default)
+        theirs = _value(source, described, name, item.default)
         if f"model.{name}" in explicit and given != theirs:
-            raise ConfigError(
-                f"model.{name}={given}, but the weights in model.init_from={source} have {theirs}: drop it"
-            )
+            raise ConfigError(f"model.{name}={given}, but model.init_from={source} has {theirs}: leave the key out")
         setattr(config.model, name, theirs)
     if "data.tokenizer" not in explicit:
         config.data.tokenizer = source
@@ -63,10 +61,20 @@ def _read(source: str) -> dict[str, Any]:
     return described
 
 
-def _value(described: dict[str, Any], name: str, default: Any) -> Any:
-    """Gives a key of config.json, the published default where it is missing."""
-    if name == "rope_theta":
-        rope = described.get("rope_parameters") or {}
-        return float(rope.get("rope_theta", described.get("rope_theta", default)))
+def _value(source: str, described: dict[str, Any], name: str, default: Any) -> Any:
+    """Gives a key of config.json, the published default where it is missing.
+
+    Raises:
+        CheckpointError: for a value of another type.
+    """
     value = described.get(name, default)
-    return float(value) if isinstance(default, float) else value
+    if name == "rope_theta":
+        value = (described.get("rope_parameters") or {}).get(name, value)
+    if isinstance(default, float) and type(value) in (int, float):
+        return float(value)
+    expected = int if default is None else type(default)
+    if type(value) is not expected and not (default is None and value is None):
+        raise CheckpointError(
+            f"model.init_from={source}: config.json has {name}={value!r}, expected {expected.__name__}"
+        )
+    return value

@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtral import MixtralConfig, MixtralForCausalLM
 from mixtral.weights import WeightsError, read
-from mixtral.weights.read import read_config
+from mixtral.weights.read import WeightFolder, read_config
 from train.config import Config, ModelConfig
 from train.data.hub import download
 from train.errors import CheckpointError, ConfigError, MachineError
 from train.parallel.engine import Weights
 
 NO_SIZES = ("init_from", "attn_implementation")
+HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model"]  # no pickles
 
 
 def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> MixtralConfig:
@@ -36,13 +37,23 @@ def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None)
 
 
 def find_weights(config: ModelConfig) -> None:
-    """Fetches the weights to start from where they are on the hub, and makes `init_from` their folder.
+    """Fetches the weights to start from where they are on the hub, and checks the files that this host has.
 
     Raises:
         MachineError: when they are not to be had.
+        CheckpointError: when they cannot be used.
     """
-    if config.init_from is not None and not Path(config.init_from).is_dir():
-        config.init_from = str(download(config.init_from, ["*.json", "*.safetensors*", "*.bin*"], "model.init_from"))
+    if config.init_from is None:
+        return
+    if not Path(config.init_from).is_dir():
+        config.init_from = str(download(config.init_from, HUB_FILES, "model.init_from"))
+    try:
+        head = WeightFolder(config.init_from).head
+    except WeightsError as error:
+        raise CheckpointError(f"model.init_from={config.init_from}: {error}") from None
+    if head != "lm_head":
+        found = "a classifier" if head == "score" else "a decoder without a head"
+        raise CheckpointError(f"model.init_from={config.init_from} holds {found}, expected a causal language model")
 
 
 def starting_weights(config: Config, model: MixtralConfig) -> Weights:

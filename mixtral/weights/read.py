@@ -120,9 +120,7 @@ def read_config(folder: Path) -> MixtralConfig:
     """
     path = folder / "config.json"
     if not path.exists() and (folder / "params.json").exists():
-        raise WeightsError(
-            f"{folder} holds Mistral's raw files: bring them into the hub's layout with `cierzo convert`"
-        )
+        raise WeightsError(f"{folder} holds Mistral's raw files: `cierzo convert` brings them into the hub's layout")
     content = read_json(path)
     if content.get("model_type") != "mixtral":
         raise WeightsError(

@@ -62,23 +62,23 @@ def experts_swapped_in_export() -> None:
 
 
 def window_off_by_one() -> None:
-    import mixtral.modeling as modeling
+    import mixtral.attention as attention
 
     def mask(original: Any, *, config: Any, **kwargs: Any) -> Any:
         wider = type(config).from_dict(config.to_dict())
         wider.sliding_window, wider._attn_implementation = config.sliding_window + 1, config._attn_implementation
         return original(config=wider, **kwargs)
 
-    wrap(modeling, "create_sliding_window_causal_mask", mask)
+    wrap(attention, "create_sliding_window_causal_mask", mask)
 
 
 def packed_row_sees_its_neighbour() -> None:
-    import mixtral.modeling as modeling
+    import mixtral.attention as attention
 
     def mask(original: Any, **kwargs: Any) -> Any:
         return original(**kwargs | {"position_ids": None})
 
-    wrap(modeling, "create_causal_mask", mask)
+    wrap(attention, "create_causal_mask", mask)
 
 
 FAULTS: dict[str, Callable[[], None]] = {

@@ -14,7 +14,7 @@ from mixtral import MixtralForCausalLM
 from mixtral.weights.names import is_stacked
 from train.config import Config
 from train.data.packing import Batch
-from train.errors import UserError
+from train.errors import MachineError, UserError
 from train.parallel.launcher import number_of_processes
 from train.parallel.meeting import meet
 
@@ -171,6 +171,8 @@ class Engine(ABC):
                 outcome[0] = function()
             except UserError as error:
                 outcome[1] = error
+            except OSError as error:
+                outcome[1] = MachineError(f"{error.filename or 'a file'}: {error.strerror or error}")
         if self.world_size > 1:
             dist.broadcast_object_list(outcome)
         if outcome[1] is not None:

@@ -24,6 +24,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     """Generates DeepSpeed's configuration: gradients are accumulated and reduced in fp32, overflow skips the step."""
     train, parallel = config.train, config.parallel
     zero: dict[str, Any] = {"stage": parallel.zero}
+    if parallel.zero == 3:
+        zero["stage3_param_persistence_threshold"] = parallel.persistent_elements
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if parallel.offload_parameters:

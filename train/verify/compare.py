@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mixtral.weights.names import is_stacked
 from train.parallel.engine import Piece
 
 Values = dict[str, Tensor]
+SCALE_BOUND = 0.1  # whatever rounding does to a gradient, it does not double or lose it
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Row:
         kind: to which group it belongs.
         max_rel: the norm of the difference over the norm of what is expected, the worst of its parts.
         scale: the factor by which the expected values come closest in least squares, of the worst part.
-        bound: on `max_rel` and on the distance of `scale` from one.
+        bound: on `max_rel` and, up to `SCALE_BOUND`, on the distance of `scale` from one.
         ok: whether it holds.
     """
 
@@ -65,11 +67,15 @@ class Comparison:
     ) -> None:
         """Compares parameters as they come, or their distance from where they started."""
         parts: dict[str, list[tuple[float, float]]] = {}
+        missing = {(key, expert) for key, tensor in expected.items() for expert in _experts_of(key, tensor)}
         rounding: dict[str, float] = {}
+        elsewhere = False
         whole = math.sqrt(sum(tensor.square().sum().item() for tensor in expected.values()))
         for piece in pieces:
             if piece.tensor is None:
+                elsewhere = True
                 continue
+            missing.remove((piece.name, piece.expert))  # once, and nothing else
             wanted, got = _part(expected[piece.name], piece), piece.tensor.detach().double().cpu()
             floor = 0.0
             if start is not None:
@@ -78,16 +84,21 @@ class Comparison:
                 floor = 2**-22 * origin.norm().item() / max(wanted.norm().item(), 1e-30)
             parts.setdefault(piece.name, []).append(_distance(got, wanted, whole))
             rounding[piece.name] = max(rounding.get(piece.name, 0.0), floor)
+        for parameter, _ in set() if elsewhere else missing:
+            parts.setdefault(parameter, []).append((1.0, 0.0))  # nothing came of it
         for parameter, found in parts.items():
             group = "expert" if ".experts." in parameter else "router" if ".gate." in parameter else "dense"
-            self._add(
-                f"{name}/{parameter}", f"{kind}:{group}", found, bounds.of(f"{name}/{parameter}") + rounding[parameter]
-            )
+            bound = bounds.of(f"{name}/{parameter}") + rounding.get(parameter, 0.0)
+            self._add(f"{name}/{parameter}", f"{kind}:{group}", found, bound)
 
     def _add(self, name: str, kind: str, parts: list[tuple[float, float]], bound: float) -> None:
         worst = max(parts, key=lambda part: part[0] if math.isfinite(part[0]) else math.inf)
-        ok = all(error <= bound and abs(scale - 1) <= bound for error, scale in parts)
+        ok = all(error <= bound and abs(scale - 1) <= min(bound, SCALE_BOUND) for error, scale in parts)
         self.rows.append(Row(name, kind, worst[0], worst[1], bound, ok))
+
+
+def _experts_of(name: str, tensor: Tensor) -> Iterable[int | None]:
+    return range(len(tensor)) if is_stacked(name) else (None,)
 
 
 def _part(tensor: Tensor, piece: Piece) -> Tensor:

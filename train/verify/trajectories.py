@@ -73,6 +73,12 @@ def skewed_weights(config: MixtralConfig, seed: int, experts: range) -> Iterator
         yield name, tensor * ROUTER_SKEW if ".gate." in name else tensor
 
 
+def uneven_load(config: MixtralConfig, device: torch.device) -> Tensor:
+    """A load of the step before that has something to balance, for the scope that looks at it; in fp64."""
+    even_LE = uniform_load(config, device).double()
+    return even_LE * torch.linspace(0.5, 1.5, even_LE.shape[1], dtype=torch.float64, device=device)
+
+
 def expected_steps(
     config: Config, model: MixtralConfig, batches: list[list[list[Batch]]], dtype: torch.dtype, seed: int
 ) -> tuple[Values, list[Step]]:
@@ -81,7 +87,7 @@ def expected_steps(
         name: tensor.to(dtype).double() for name, tensor in skewed_weights(model, seed, range(model.num_local_experts))
     }
     start, steps = masters, []
-    load_LE = uniform_load(model, torch.device("cpu")).double()
+    load_LE = uneven_load(model, torch.device("cpu"))
     for micro_steps in batches:
         weights = {name: tensor.to(dtype).double().requires_grad_() for name, tensor in masters.items()}
         figures = objective(weights, model, micro_steps, Coefficients.of(config), load_LE)
@@ -109,7 +115,7 @@ def plain_steps(
     """Takes the steps in one process, in the model's own precision and kernels: the rounding that precision costs."""
     masters = MasterWeights(model)
     model.to(device).train()
-    load_LE, found = uniform_load(model.config, device), []
+    load_LE, found = uneven_load(model.config, device).float(), []
     for micro_steps in batches:
         total, tokens = _accumulate(config, model, masters, micro_steps, load_LE)
         statistics = total.statistics

@@ -1,6 +1,8 @@
 """`cierzo verify`: does this layout train what one process would? Two SGD steps, compared tensor by tensor."""
 
+import copy
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 from mixtral import MixtralConfig
 from mixtral.losses import load_balancing_loss
 from mixtral.weights.names import is_stacked
+from mixtral.weights.write import new_folder
 from train.config import Config
 from train.data.packing import Batch
 from train.errors import NumericsError
@@ -19,11 +22,20 @@ from train.export import write_weights
 from train.folder import RunFolder
 from train.loop import accumulate, step_size
 from train.model import empty_model, model_config
-from train.objective import Coefficients, Parts, uniform_load
+from train.objective import Coefficients, Parts
 from train.parallel.engine import Engine, Piece, fill
 from train.parallel.proof import Proof
 from train.verify.compare import Bounds, Comparison, Values, table
-from train.verify.trajectories import LR, STEPS, Step, expected_steps, make_batches, plain_steps, skewed_weights
+from train.verify.trajectories import (
+    LR,
+    STEPS,
+    Step,
+    expected_steps,
+    make_batches,
+    plain_steps,
+    skewed_weights,
+    uneven_load,
+)
 
 BOUND_FP64, BOUND_FP32, BF16_STEP = 1e-10, 1e-5, 2**-8
 LEAST_GAP = 1e-4  # between routers' logits: what lies closer, rounding chooses between
@@ -40,6 +52,7 @@ def shrink(config: Config) -> None:
         return
     shared = model.num_attention_heads // model.num_key_value_heads
     model.num_attention_heads, model.num_key_value_heads = 4, {1: 4, 2: 2, 4: 1}.get(min(shared, 4), 2)
+    config.parallel.persistent_elements = 0  # a small model's weights come and go as a large one's do
     model.hidden_size, model.intermediate_size, model.head_dim = 64, 48, None
     model.num_hidden_layers, model.vocab_size = min(model.num_hidden_layers, 2), 128
     config.data.sequence_length, config.train.micro_batch_size = 48, min(config.train.micro_batch_size, 2)
@@ -79,9 +92,13 @@ class Verification:
         for seed in range(first, first + ATTEMPTS):
             batches = make_batches(self._config, self._engine.world_size, seed)
             self._start, self._expected = expected_steps(self._config, self._model, batches, self._engine.dtype, seed)
-            if min(step.gap for step in self._expected) >= LEAST_GAP:
-                break
-        return seed
+            gap = min(step.gap for step in self._expected)
+            if gap >= LEAST_GAP:
+                return seed
+        raise NumericsError(
+            f"of {ATTEMPTS} seeds none routes every token by more than {LEAST_GAP} (the last by {gap:.1e}): "
+            "rounding would decide, so nothing was compared; lower data.sequence_length or train.micro_batch_size"
+        )
 
     def _find_bounds(self, batches: list[list[list[Batch]]]) -> Bounds:
         """Measures how far one process in the recipe's precision is off the reference; in fp32 the bound is fixed."""
@@ -104,11 +121,13 @@ class Verification:
         return Bounds(BOUND_FP32, errors)
 
     def prove(self) -> None:
-        """Compares the mathematics of the first step: dispatch, losses, gradients and clipping, in fp64."""
-        proof = Proof(self._engine, empty_model(self._model), self._weights)
+        """Compares the mathematics of a step: dispatch, losses, gradients and their norm, in fp64.
+
+        The load of the step before is one that is not even: from a uniform one, its scope would have no gradient.
+        """
+        proof = Proof(self._engine, empty_model(without_flash(self._model)), self._weights)
         size = step_size(self._engine, self._mine[0])
-        load_LE = uniform_load(self._model, self._engine.device).double()
-        total = proof.step(self._mine[0], size, self._coefficients, load_LE)
+        total = proof.step(self._mine[0], size, self._coefficients, uneven_load(self._model, self._engine.device))
         norm, pieces, bounds = proof.norm(), proof.gradients(), Bounds(BOUND_FP64)
         wanted, compare = self._expected[0], self.comparison
         compare.scalar("fp64/loss", "fp64 loss", total.cross_entropy.item(), wanted.loss, bounds)
@@ -120,7 +139,7 @@ class Verification:
         """Compares the engine's steps: losses, gradients, norm and masters."""
         engine, bounds, compare = self._engine, self._bounds, self.comparison
         engine.prepare(empty_model(self._model), self._weights)
-        load_LE = uniform_load(self._model, engine.device)
+        load_LE = uneven_load(self._model, engine.device).float()
         for number, (micro_batches, wanted) in enumerate(zip(self._mine, self._expected, strict=True), start=1):
             parts, size = accumulate(engine, micro_batches, self._coefficients, load_LE)
             total = Parts.total(parts, engine.sum)
@@ -137,17 +156,35 @@ class Verification:
     def export(self, folder: Path | None) -> None:
         """Compares the files that an export writes, by the hub's names."""
         pieces = self._engine.pieces()
+
+        def write() -> None:
+            assert folder is not None
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier proof
+            try:
+                with new_folder(folder) as partial:
+                    write_weights(partial, self._model, pieces, self._engine.dtype)
+            finally:
+                for _ in pieces:
+                    pass
+
         if folder is None:
             for _ in pieces:
                 pass
-            return
-        folder.mkdir(exist_ok=True)
-        write_weights(folder, self._model, pieces, self._engine.dtype)
-        files = load_file(folder / "model.safetensors")
-        least = BOUND_FP32 if self._engine.dtype is torch.float32 else BF16_STEP
-        bounds = Bounds(least, self._bounds.plain)
-        wanted = rounded(self._expected[-1].masters, self._engine.dtype)
-        self.comparison.pieces("export", "export", _by_hub_name(files, self._model), wanted, bounds)
+        self._engine.on_main(write)
+        if folder is not None:
+            files = load_file(folder / "model.safetensors")
+            least = BOUND_FP32 if self._engine.dtype is torch.float32 else BF16_STEP
+            wanted, bounds = rounded(self._expected[-1].masters, self._engine.dtype), Bounds(least, self._bounds.plain)
+            self.comparison.pieces("export", "export", _by_hub_name(files, self._model), wanted, bounds)
+
+
+def without_flash(model: MixtralConfig) -> MixtralConfig:
+    """The same model for fp64, which flash attention does not know."""
+    if not str(model._attn_implementation).startswith("flash"):
+        return model
+    plain = copy.deepcopy(model)
+    plain._attn_implementation = "sdpa"
+    return plain
 
 
 def rounded(masters: Values, dtype: torch.dtype = torch.bfloat16) -> Values:

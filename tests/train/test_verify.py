@@ -1,0 +1,43 @@
+"""The certificate in one process; with several: tests/multiprocess/test_verify.py."""
+
+import pytest
+import torch
+
+from tests.train.helpers import read_json
+from train.cli import main
+from train.parallel.engine import Piece
+from train.verify.compare import Bounds, Comparison
+
+STACKED = "model.layers.0.mlp.experts.down_proj"
+
+
+def test_a_folder_may_be_verified_again(tmp_path):
+    words = ["verify", "recipe=demo", f"run.dir={tmp_path / 'run'}"]
+    assert main(words) == 0
+    certificate = read_json(tmp_path / "run" / "certificate.json")
+    (tmp_path / "run" / "certificate.json").write_text("{}")
+    assert main(words) == 0
+    assert read_json(tmp_path / "run" / "certificate.json") == certificate
+    assert certificate["ok"]
+    assert certificate["layout"] == {"processes": 1, "expert": 1, "zero": 0, "accumulation": 1}
+
+
+def test_what_never_came_is_out_of_bounds():
+    expected = {STACKED: torch.ones(4, 2, 3).double(), "model.norm.weight": torch.ones(3).double()}
+    comparison = Comparison()
+    pieces = [Piece(STACKED, expert, torch.ones(2, 3)) for expert in (0, 1, 3)]
+    comparison.pieces("step", "weights", pieces, expected, Bounds(1e-5))
+    found = {row.name: (row.ok, row.max_rel) for row in comparison.rows}
+    assert found == {f"step/{STACKED}": (False, 1.0), "step/model.norm.weight": (False, 1.0)}
+
+
+def test_a_wrong_scale_and_a_wrong_expert_are_told():
+    expected = {STACKED: torch.randn(2, 2, 3).double()}
+    right = [Piece(STACKED, expert, expected[STACKED][expert]) for expert in range(2)]
+    doubled = [right[0], Piece(STACKED, 1, 2 * expected[STACKED][1])]
+    swapped = [Piece(STACKED, 0, right[1].tensor), Piece(STACKED, 1, right[0].tensor)]
+    comparison = Comparison()
+    for pieces in (right, doubled, swapped):
+        comparison.pieces("step", "weights", pieces, expected, Bounds(1e-5))
+    assert [row.ok for row in comparison.rows] == [True, False, False]
+    assert comparison.rows[1].scale == pytest.approx(2.0)
