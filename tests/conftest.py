@@ -47,6 +47,22 @@ def skew_router(model: torch.nn.Module) -> None:
                 parameter.mul_(20.0)
 
 
+def logits_in_parts(model, input_ids, attention_mask, spans, past=None):
+    """Runs a batch span by span through a cache; positions follow the mask. Returns the logits of all of it."""
+    positions, parts = (attention_mask.cumsum(-1) - 1).clamp(min=0), []
+    for start, end in spans:
+        output = model(
+            input_ids[:, start:end],
+            attention_mask=attention_mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=past,
+            use_cache=True,
+        )
+        past = output.past_key_values
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)
+
+
 @pytest.fixture
 def make_pair():
     """Builds transformers' Mixtral and ours with the same weights."""

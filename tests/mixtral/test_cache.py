@@ -1,5 +1,7 @@
 """Caches against a full recomputation, and the published tuples."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
 from mixtral import MixtralForSequenceClassification, MixtralModel
+from tests.conftest import logits_in_parts
 
 WINDOW = 9
 
@@ -65,18 +68,7 @@ def test_any_chunks_through_any_window_equal_a_full_recomputation(make_model, da
     mask[1, :padding] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    past, parts = None, []
-    for start, end in zip([0, *cuts], [*cuts, length], strict=True):
-        output = model(
-            ids[:, start:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=past,
-            use_cache=True,
-        )
-        past = output.past_key_values
-        parts.append(output.logits)
-    got = torch.cat(parts, dim=1)
+    got = logits_in_parts(model, ids, mask, itertools.pairwise([0, *cuts, length]))
     assert (got - expected)[mask.bool()].abs().max() <= 1e-5
 
 

@@ -9,6 +9,8 @@ import torch
 import transformers.modeling_flash_attention_utils as loader
 from transformers import StaticCache
 
+from tests.conftest import logits_in_parts
+
 HALF = torch.float16  # of the two half precisions the one with more digits
 TOLERANCE = 1e-2  # of the largest logit: a few roundings of 2**-11 per layer, through three layers
 SHORT = {"sliding_window": 5}
@@ -186,18 +188,8 @@ def test_steps_with_a_cache_equal_a_full_recomputation(flash, make_model, window
     expected = model(input_ids, attention_mask=visible, position_ids=positions, use_cache=False).logits
     model.config._attn_implementation = "flash_attention_2"
     past = StaticCache(config=model.config, max_cache_len=24) if static else None
-    parts = []
-    for start, end in ((0, 10), (10, 13), *((at, at + 1) for at in range(13, 24))):
-        output = model(
-            input_ids[:, start:end],
-            attention_mask=visible[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=past,
-            use_cache=True,
-        )
-        past = output.past_key_values
-        parts.append(output.logits)
-    got = torch.cat(parts, dim=1)
+    spans = ((0, 10), (10, 13), *((at, at + 1) for at in range(13, 24)))
+    got = logits_in_parts(model, input_ids, visible, spans, past)
     assert (got - expected)[visible.bool()].abs().max() <= TOLERANCE * expected.abs().max()
 
 
