@@ -5,6 +5,7 @@ the ranks that hold the same ones; the mathematics is `mixtral.moe`'s. Shape let
 """
 
 import copy
+from typing import Any
 
 import deepspeed.module_inject.auto_ep_layer as deepspeed_moe
 import torch
@@ -68,17 +69,17 @@ class ExpertParallelBlock(deepspeed_moe.AutoEPMoELayer):
         )
 
 
-def mark_as_split(parameter: nn.Parameter, ranks: int) -> None:
+def mark_as_split(parameter: Any, ranks: int) -> None:
     """Tells DeepSpeed that a parameter belongs to this rank's experts, replicated only where they are.
 
     Args:
-        parameter: stacked over this rank's experts.
+        parameter: stacked over this rank's experts; DeepSpeed reads attributes that torch's does not declare.
         ranks: over which a layer's experts are split.
     """
-    parameter.allreduce = False  # type: ignore[attr-defined]
-    parameter.group_name = parameter.ds_zero_partition_group_name = f"ep_size_{ranks}"  # type: ignore[attr-defined]
-    parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-    parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{ranks}")  # type: ignore[attr-defined]
+    parameter.allreduce = False
+    parameter.group_name = parameter.ds_zero_partition_group_name = f"ep_size_{ranks}"
+    parameter.ds_zero_placement_family = "autoep_expert"
+    parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{ranks}")
 
 
 def _by_expert(rows_RH: Tensor, arriving_PE: Tensor, experts: Experts) -> Tensor:

@@ -76,6 +76,7 @@ class ZeroEngine(Engine):
     def _fill(self, model: MixtralForCausalLM, weights: Weights) -> None:
         """Materialises the parameters one by one; at stage 3 each is partitioned before the next one comes."""
         convert = None
+        parameter: Any  # which DeepSpeed gives methods of its own
         for name, parameter in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
             if self.expert_ranks > 1 and is_stacked(name):
                 mark_as_split(parameter, self.expert_ranks)
@@ -85,7 +86,7 @@ class ZeroEngine(Engine):
                 deepspeed.zero.Init(
                     nn.ParameterList([parameter]), config_dict_or_path=self._deepspeed_config, dtype=self.dtype
                 )
-                convert = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]
+                convert = parameter.convert_to_zero_parameters
             else:
                 convert(param_list=[parameter])
 
