@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from mixtral import MixtralConfig
 from tests.train.helpers import read_json
 from train.cli import main
 from train.parallel.engine import Piece
 from train.verify.compare import Bounds, Comparison
+from train.verify.verb import without_flash
 
 STACKED = "model.layers.0.mlp.experts.down_proj"
 
@@ -20,6 +22,7 @@ def test_a_folder_may_be_verified_again(tmp_path):
     assert read_json(tmp_path / "run" / "certificate.json") == certificate
     assert certificate["ok"]
     assert certificate["layout"] == {"processes": 1, "expert": 1, "zero": 0, "accumulation": 1}
+    assert (certificate["model"], certificate["attention"]) == ("shrunk", "sdpa")
 
 
 def test_what_never_came_is_out_of_bounds():
@@ -41,3 +44,11 @@ def test_a_wrong_scale_and_a_wrong_expert_are_told():
         comparison.pieces("step", "weights", pieces, expected, Bounds(1e-5))
     assert [row.ok for row in comparison.rows] == [True, False, False]
     assert comparison.rows[1].scale == pytest.approx(2.0)
+
+
+def test_flash_attention_is_proved_in_fp64_by_another_backend_and_the_certificate_says_so():
+    model = MixtralConfig(attn_implementation="flash_attention_2")
+    assert without_flash(model)._attn_implementation == "sdpa"
+    assert model._attn_implementation == "flash_attention_2"
+    windowed = MixtralConfig(attn_implementation="windowed", sliding_window=8)
+    assert without_flash(windowed) is windowed

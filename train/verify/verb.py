@@ -120,6 +120,14 @@ class Verification:
         errors = {row.name: max(row.max_rel, BF16_STEP / 2 if row.kind == "number" else 0.0) for row in plain.rows}
         return Bounds(BOUND_FP32, errors)
 
+    def covered(self) -> dict[str, str]:
+        """Says what the comparison is about: the model's sizes, and the attention behind each half of the rows."""
+        return {
+            "model": "full" if self._config.verify.full else "shrunk",
+            "attention": str(self._model._attn_implementation),
+            "attention_in_fp64": str(without_flash(self._model)._attn_implementation),
+        }
+
     def prove(self) -> None:
         """Compares the mathematics of a step: dispatch, losses, gradients and their norm, in fp64.
 
@@ -236,9 +244,10 @@ def verify(engine: Engine, folder: RunFolder | None, config: Config) -> str:
         ok = all(row.ok for row in rows)
         layout = {"processes": engine.world_size, "expert": config.parallel.expert, "zero": config.parallel.zero}
         layout["accumulation"] = config.train.gradient_accumulation_steps
-        described = {"ok": ok, "layout": layout, "dtype": config.train.precision}
+        described = {"ok": ok, "layout": layout, "dtype": config.train.precision} | verification.covered()
         folder.write_json("certificate.json", described | {"rows": [asdict(row) for row in rows]})
         print(", ".join(f"{name} {value}" for name, value in layout.items()), config.train.precision, sep=", ")
+        print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in verification.covered().items()))
         print(table(rows))
         if not ok:
             raise NumericsError("this layout does not train what one process would: see the rows that do not hold")
