@@ -27,7 +27,13 @@ class Router(nn.Module):
     """Chooses K experts per token and weighs them by softmax over the chosen logits.
 
     Everything is computed in at least fp32, whatever the dtype of the model.
+
+    Attributes:
+        bias_E: added to the probabilities in training where it is set, for the choice alone: arXiv 2408.15664,
+            equation 3. No file holds it.
     """
+
+    bias_E: Tensor | None = None
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
@@ -39,7 +45,12 @@ class Router(nn.Module):
         dtype = torch.promote_types(x_TH.dtype, torch.float32)
         with torch.autocast(x_TH.device.type, enabled=False):
             logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
-        top_TK, experts_TK = logits_TE.softmax(dim=-1).topk(self.top_k, dim=-1)
+        probability_TE = logits_TE.softmax(dim=-1)
+        if self.training and self.bias_E is not None:
+            experts_TK = (probability_TE.detach() + self.bias_E).topk(self.top_k, dim=-1).indices
+            top_TK = probability_TE.gather(-1, experts_TK)
+        else:
+            top_TK, experts_TK = probability_TE.topk(self.top_k, dim=-1)
         return Routing(logits_TE, top_TK / top_TK.sum(dim=-1, keepdim=True), experts_TK)
 
 

@@ -126,6 +126,12 @@ class TrainConfig:
         choices=("global_batch", "previous_step", "document", "huggingface"),
     )
     router_z_loss_coef: float = key(0.0, "weight of the router z-loss", minimum=0)
+    router_bias_rate: float = key(
+        0.0,
+        "balancing without a loss: by how much an expert's bias moves against its load after each step; it sways the "
+        "choice of experts in training and is bounded so as to be gone at the last step, since a Mixtral has none",
+        minimum=0,
+    )
     log_every: int = key(10, "steps between logged lines", minimum=1)
 
 
@@ -167,6 +173,20 @@ class ParallelConfig:
         "at least 1 where experts are split",
         minimum=0,
         maximum=3,
+    )
+    dispatch: str = key(
+        "dropless",
+        "how rows travel to the experts of other ranks: dropless, each once and none lost; or deepspeed_capacity, in "
+        "DeepSpeed's own buffers of one size, which drop what does not fit in training",
+        choices=("dropless", "deepspeed_capacity"),
+    )
+    capacity_factor: float | None = key(
+        1.25, "with deepspeed_capacity, an expert's buffer over its even share of the rows; null drops none", above=0
+    )
+    drop_policy: str = key(
+        "probs",
+        "with deepspeed_capacity, which rows are dropped: those of least probability, or the last in position",
+        choices=("probs", "position"),
     )
     offload_optimizer: bool = key(False, "whether master weights and moments live in host memory; needs parallel.zero")
     offload_parameters: bool = key(False, "whether partitioned weights live in host memory; needs parallel.zero=3")
@@ -351,6 +371,15 @@ def _check_parallel(config: Config) -> None:
     _refuse(
         parallel.expert > 1 and parallel.zero == 0,
         f"parallel.expert={parallel.expert} needs DeepSpeed's engine: set parallel.zero to 1, 2 or 3",
+    )
+    _refuse(
+        parallel.dispatch == "deepspeed_capacity" and (parallel.expert == 1 or parallel.zero == 3),
+        f"parallel.dispatch=deepspeed_capacity does not go with parallel.expert={parallel.expert} "
+        f"parallel.zero={parallel.zero}: it needs split experts (parallel.expert=2 or more) and parallel.zero=1 or 2",
+    )
+    _refuse(
+        parallel.dispatch == "deepspeed_capacity" and config.train.router_bias_rate > 0,
+        "parallel.dispatch=deepspeed_capacity chooses by DeepSpeed's own rule: set train.router_bias_rate=0",
     )
     _refuse(
         parallel.offload_optimizer and parallel.zero == 0,

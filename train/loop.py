@@ -8,14 +8,16 @@ from torch import Tensor
 
 from mixtral.losses import load_balancing_loss
 from mixtral.ops.cross_entropy import IGNORE_INDEX
+from train.balance import Balance
 from train.config import Config
 from train.data.loader import Data, Prefetch, Share
 from train.data.packing import Batch
 from train.evaluate import evaluate
-from train.objective import Coefficients, Parts, StepSize, objective_parts, predict, uniform_load
+from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
 from train.observe.observer import Observer
 from train.optim import learning_rate
 from train.parallel.engine import Engine
+from train.parallel.exchange import Traffic
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,8 @@ class StepResult:
 
     parts: Parts
     tokens: int
-    top_k: int
     grad_norm: float
-    crossing_rows: float
+    traffic: Traffic
 
     @property
     def load(self) -> Tensor:
@@ -37,6 +38,7 @@ class StepResult:
         """The step's figures under their names in metrics.jsonl."""
         statistics = self.parts.statistics
         counts_LE = statistics.counts_LE
+        routed, taken, crossing = self.traffic
         return {
             "loss": self.parts.cross_entropy.item(),
             "router_loss": load_balancing_loss(counts_LE, statistics.probability_LE, self.tokens).item(),
@@ -44,8 +46,8 @@ class StepResult:
             "router_z_loss": self.parts.router_z_loss.item(),
             "grad_norm": self.grad_norm,
             "expert_load": (counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)).tolist(),
-            "dropped_fraction": 1 - counts_LE.sum().item() / max(1, self.tokens * self.top_k * len(counts_LE)),
-            "cross_rank_fraction": self.crossing_rows / max(1.0, counts_LE.sum().item()),
+            "dropped_fraction": 1 - taken / routed if routed else 0.0,
+            "cross_rank_fraction": crossing / routed if routed else 0.0,
             "router_entropy": (statistics.entropy_L / max(1, self.tokens)).tolist(),
         }
 
@@ -57,7 +59,7 @@ def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: 
     )
     coefficients = Coefficients.of(config)
     torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
-    load_LE = uniform_load(engine.module.config, engine.device)
+    balance = Balance(engine.module, config.train.router_bias_rate, engine.device)
     observer.log(0, evaluate(engine, config, data))
     steps = Prefetch(data.steps(share))
     try:
@@ -66,8 +68,8 @@ def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: 
             micro_batches = next(steps)
             waited = time.perf_counter() - started
             lr = learning_rate(step, max_steps, config.optim.lr, config.schedule)
-            result = train_step(engine, micro_batches, lr, coefficients, load_LE)
-            load_LE = result.load
+            result = train_step(engine, micro_batches, lr, coefficients, balance.load_LE)
+            balance.follow(result.load, steps_left=max_steps - step)
             observer.count(result.tokens, seconds=time.perf_counter() - started, waited=waited)
             evaluating = step == max_steps or (config.evaluate.every and step % config.evaluate.every == 0)
             if evaluating or step % config.train.log_every == 0 or step == 1:
@@ -93,9 +95,8 @@ def train_step(
         NumericsError: when the gradient is not finite; no weight has changed then.
     """
     parts, size = accumulate(engine, micro_batches, coefficients, load_LE)
-    top_k = engine.module.config.num_experts_per_tok
-    crossing = engine.sum(_crossing_rows(engine, parts)).item()
-    return StepResult(Parts.total(parts, engine.sum), int(size.tokens), top_k, engine.step(lr), crossing)
+    traffic = Traffic(*engine.sum(torch.tensor(engine.traffic(), dtype=torch.float64, device=engine.device)).tolist())
+    return StepResult(Parts.total(parts, engine.sum), int(size.tokens), engine.step(lr), traffic)
 
 
 def accumulate(
@@ -112,13 +113,6 @@ def accumulate(
         engine.backward(parts.loss(coefficients), last=index == len(micro_batches) - 1)
         done.append(parts.detached())
     return done, size
-
-
-def _crossing_rows(engine: Engine, parts: list[Parts]) -> Tensor:
-    """Counts the rows that this process sent to another's experts."""
-    counts_LE = torch.stack([part.statistics.counts_LE for part in parts]).sum(dim=0)
-    here = engine.experts(counts_LE.shape[-1])
-    return counts_LE.sum() - counts_LE[:, here.start : here.stop].sum()
 
 
 def step_size(engine: Engine, micro_batches: list[Batch]) -> StepSize:

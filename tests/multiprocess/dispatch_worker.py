@@ -9,20 +9,24 @@ from torch import nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
+import deepspeed
+
 from mixtral import MixtralConfig
 from mixtral.moe import SparseMoeBlock
+from train.config import ParallelConfig
+from train.parallel.exchange import Traffic
 from train.parallel.expert import ExpertParallelBlock
 
 HIDDEN, INNER, EXPERTS = 64, 32, 8
 
 
-def make_blocks(rank: int, world: int) -> tuple[SparseMoeBlock, ExpertParallelBlock]:
+def make_blocks(rank: int, world: int, **dispatch) -> tuple[SparseMoeBlock, ExpertParallelBlock]:
     config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS)
     torch.manual_seed(0)
     whole = SparseMoeBlock(config).double()
     for parameter in whole.parameters():
         nn.init.normal_(parameter, std=0.3)
-    split = ExpertParallelBlock(config, world, rank).double()
+    split = ExpertParallelBlock(config, ParallelConfig(expert=world, **dispatch), rank).double()
     split.ep_group = dist.group.WORLD
     mine = slice(rank * EXPERTS // world, (rank + 1) * EXPERTS // world)
     with torch.no_grad():
@@ -55,21 +59,18 @@ class Counter:
         self.rows = self.rest = 0
         self._original = dist.all_to_all_single
 
-    def __call__(self, out, rows, receives=None, sends=None, group=None, **kwargs):
-        if rows.is_floating_point():
-            self.rows += rows.numel() * rows.element_size()
+    def __call__(self, output, input, *arguments, **kwargs):
+        if input.is_floating_point():
+            self.rows += input.numel() * input.element_size()
         else:
-            self.rest += rows.numel() * rows.element_size()
-        return self._original(out, rows, receives, sends, group=group, **kwargs)
+            self.rest += input.numel() * input.element_size()
+        return self._original(output, input, *arguments, **kwargs)
 
 
-def check(case: str, rank: int, world: int) -> None:
-    whole, split = make_blocks(rank, world)
+def check(case: str, rank: int, world: int, **dispatch) -> None:
+    whole, split = make_blocks(rank, world, **dispatch)
     aim(case, (whole, split), world)
-    generator = torch.Generator().manual_seed(1 + rank)
-    hidden = torch.randn(1, tokens_of(case, rank), HIDDEN, dtype=torch.float64, generator=generator)
-    hidden[..., 0] = 1.0
-    inputs = [hidden.clone().requires_grad_(), hidden.clone().requires_grad_()]
+    inputs = make_inputs(case, rank)
     counter = dist.all_to_all_single = Counter()
     try:
         mine, routing = split(inputs[0])
@@ -78,19 +79,42 @@ def check(case: str, rank: int, world: int) -> None:
         dist.all_to_all_single = counter._original
     other, _ = whole(inputs[1])
     other.sin().sum().backward()
+    close(mine, other, case, "output")
+    close(inputs[0].grad, inputs[1].grad, case, "input")
+    close(split.gate.weight.grad, whole.gate.weight.grad, case, "router")
+    check_experts(case, whole, split, rank, world)
+    away = (routing.experts_TK // (EXPERTS // world) != rank).sum()
+    rows = routing.experts_TK.numel()
+    counted = torch.tensor(Traffic.total(split.traffic))
+    expected = torch.tensor([rows, rows, away])
+    for tensor in (counted, expected):
+        dist.all_reduce(tensor)
+    assert counted.tolist() == expected.tolist(), (case, counted, expected)
+    if not dispatch:
+        check_bytes(counter, rows, world)
 
-    def close(got: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-        assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12), (case, name, (got - expected).abs().max())
 
-    close(mine, other, "output")
-    close(inputs[0].grad, inputs[1].grad, "input")
-    close(split.gate.weight.grad, whole.gate.weight.grad, "router")
+def make_inputs(case: str, rank: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1 + rank)
+    hidden = torch.randn(1, tokens_of(case, rank), HIDDEN, dtype=torch.float64, generator=generator)
+    hidden[..., 0] = 1.0
+    return [hidden.clone().requires_grad_(), hidden.clone().requires_grad_()]
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, case: str, name: str) -> None:
+    assert torch.allclose(got, expected, rtol=1e-10, atol=1e-12), (case, name, (got - expected).abs().max())
+
+
+def check_experts(case: str, whole: SparseMoeBlock, split: ExpertParallelBlock, rank: int, world: int) -> None:
     first = rank * EXPERTS // world
     for name, parameter in split.experts.named_parameters():
         gradient = getattr(whole.experts, name).grad
         dist.all_reduce(gradient)  # every rank's tokens, as the split experts saw them
-        close(parameter.grad, gradient[first : first + len(parameter)], name)
-    sent = torch.tensor([counter.rows, counter.rest, routing.experts_TK.numel()])
+        close(parameter.grad, gradient[first : first + len(parameter)], case, name)
+
+
+def check_bytes(counter: Counter, rows: int, world: int) -> None:
+    sent = torch.tensor([counter.rows, counter.rest, rows])
     dist.all_reduce(sent)
     payload, metadata, rows = sent.tolist()
     assert payload == 4 * rows * HIDDEN * 8, "each row goes out and back once, in both passes"
@@ -98,10 +122,63 @@ def check(case: str, rank: int, world: int) -> None:
         assert metadata <= 0.02 * payload, (metadata, payload)
 
 
+def kept_rows(probability_TE: torch.Tensor, capacity: int, policy: str) -> torch.Tensor:
+    """Goes over the experts, one row at a time: which (token, expert) pairs fit; (T, E)."""
+    kept_TE = torch.zeros_like(probability_TE, dtype=torch.bool)
+    chosen_TK = probability_TE.topk(2, dim=-1).indices
+    for expert in range(EXPERTS):
+        tokens = [token for token in range(len(chosen_TK)) if expert in chosen_TK[token]]
+        if policy == "probs":
+            tokens.sort(key=lambda token: -float(probability_TE[token, expert]))
+        kept_TE[tokens[:capacity], expert] = True
+    return kept_TE
+
+
+def check_drops(rank: int, world: int, policy: str) -> None:
+    """In training rows that do not fit are lost and the others weigh more; in evaluation none are."""
+    options = {"dispatch": "deepspeed_capacity", "capacity_factor": 0.9, "drop_policy": policy}
+    whole, split = make_blocks(rank, world, **options)
+    case = f"drops by {policy}"
+    mine_in, other_in = make_inputs(case, rank)
+    mine, routing = split(mine_in)
+    mine.sin().sum().backward()
+    capacity = max(4, -(-int(1000 * 0.9 * 2 * mine.shape[1] / EXPERTS) // 1000))
+    x_TH = other_in[0]
+    probability_TE = torch.softmax(x_TH @ whole.gate.weight.T, dim=-1)
+    kept_TE = kept_rows(probability_TE.detach(), capacity, policy)
+    share_TE = probability_TE * kept_TE
+    share_TE = share_TE / share_TE.sum(dim=-1, keepdim=True).clamp(min=1e-15)
+    outputs = []
+    for expert in range(EXPERTS):
+        gate_TI, up_TI = (x_TH @ whole.experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+        out_TH = (torch.nn.functional.silu(gate_TI) * up_TI) @ whole.experts.down_proj[expert].T
+        outputs.append(share_TE[:, expert, None] * out_TH)
+    expected = torch.stack(outputs).sum(dim=0)
+    expected.sin().sum().backward()
+    close(mine[0], expected, case, "output")
+    close(mine_in.grad, other_in.grad, case, "input")
+    close(split.gate.weight.grad, whole.gate.weight.grad, case, "router")
+    check_experts(case, whole, split, rank, world)
+    traffic = Traffic.total(split.traffic)
+    assert traffic.routed == routing.experts_TK.numel()
+    assert traffic.taken == kept_TE.sum() < traffic.routed
+    close(split.eval()(mine_in)[0], whole.eval()(mine_in)[0], case, "evaluation")
+
+
+def proofs(case: str, rank: int, world: int) -> None:
+    if case.startswith("drops by "):
+        check_drops(rank, world, case.removeprefix("drops by "))
+    elif case.startswith("capacity, "):
+        check(case.removeprefix("capacity, "), rank, world, dispatch="deepspeed_capacity", capacity_factor=None)
+    else:
+        check(case, rank, world)
+
+
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo" if os.environ["DS_ACCELERATOR"] == "cpu" else "nccl")
     for case in sys.argv[1:]:
-        check(case, dist.get_rank(), dist.get_world_size())
+        proofs(case, dist.get_rank(), dist.get_world_size())
         if dist.get_rank() == 0:
             print(f"held: {case}", flush=True)
     dist.destroy_process_group()

@@ -12,6 +12,8 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 MODULE = ["-m", "train"]
 
 CASES = ["even", "all to one expert", "none to the first rank", "one rank has no token", "unequal", "a single token"]
+CASES += ["capacity, even", "capacity, all to one expert", "capacity, a single token"]
+CASES += ["drops by probs", "drops by position"]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -87,6 +89,7 @@ def test_thirty_steps_are_those_of_one_process(run, one_process, layout):
 
 def test_accumulation_changes_nothing_under_the_previous_step_scope(run):
     words = [*THIRTY, "train.router_loss_scope=previous_step", "model.router_aux_loss_coef=0.1"]
+    words += ["train.router_bias_rate=0.001"]
     whole = run("whole", 1, *words, "train.micro_batch_size=8")
     for accumulation in (2, 4):
         split = [f"train.micro_batch_size={4 // accumulation}", f"train.gradient_accumulation_steps={accumulation}"]
@@ -100,6 +103,17 @@ def test_processes_that_read_their_experts_alone_start_from_the_same_weights(run
     assert metrics(one)[0]["eval_loss"] == pytest.approx(metrics(one_process)[-1]["eval_loss"], abs=1e-6)
     two = run("continued by two", 2, *words, "train.micro_batch_size=4", "parallel.expert=2", "parallel.zero=3")
     assert_same_run(two, one)
+
+
+def test_deepspeeds_own_layer_drops_what_its_buffers_cannot_hold_and_says_how_much(run):
+    words = ["parallel.expert=2", "parallel.zero=1", "parallel.dispatch=deepspeed_capacity", "data.sequence_length=128"]
+    lossy = run("lossy", 2, *words, "parallel.capacity_factor=0.75")
+    lossless = run("lossless", 2, *words, "parallel.capacity_factor=null")
+    dropped = [row["dropped_fraction"] for row in metrics(lossy) if "loss" in row]
+    assert len(dropped) == 4
+    assert all(0.24 <= fraction < 0.8 for fraction in dropped)  # a buffer holds 3/4 of an even share
+    assert [row["dropped_fraction"] for row in metrics(lossless) if "loss" in row] == [0.0] * 4
+    assert_same_run(lossless, run("dropless", 2, "parallel.expert=2", "parallel.zero=1", "data.sequence_length=128"))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -12,6 +12,7 @@ LAYOUTS = {
     "ZeRO-2": (2, ["parallel.expert=2", "parallel.zero=2", "train.gradient_accumulation_steps=3"]),
     "ZeRO-3": (2, ["parallel.expert=2", "parallel.zero=3", "train.router_loss_scope=document"]),
     "without experts split": (2, ["parallel.zero=2", "train.router_loss_scope=huggingface"]),
+    "DeepSpeed's capacity layer": (2, ["parallel.expert=2", "parallel.zero=2", "parallel.dispatch=deepspeed_capacity"]),
     "replicated": (2, ["train.gradient_accumulation_steps=3"]),
     "EP 2 x DP 2": (4, ["parallel.expert=2", "parallel.zero=1", "train.gradient_accumulation_steps=3"]),
     "EP 4": (4, ["parallel.expert=4", "parallel.zero=3", "train.router_loss_scope=previous_step"]),

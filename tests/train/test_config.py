@@ -106,6 +106,7 @@ MISTAKES = {
     "recipe=no/such.yaml": "recipe=no/such.yaml: no such file",
     "model.num_key_value_heads=4": "model.num_attention_heads=6 .* model.num_key_value_heads=4",
     "model.hidden_size=100": "model.hidden_size=100 .* model.num_attention_heads",
+    "parallel.dispatch=deepspeed_capacity": "parallel.dispatch=deepspeed_capacity .* parallel.expert=1",
     "model.head_dim=7": "model.head_dim.* must be even",
     "model.num_experts_per_tok=9": "model.num_experts_per_tok=9 .* model.num_local_experts=8",
     "data.sequence_length=9999": "data.sequence_length=9999 .* model.max_position_embeddings",
@@ -140,6 +141,14 @@ RECIPE_MISTAKES = {
     "a: [": "mine.yaml cannot be read",
     "- a\n": "mine.yaml holds no keys",
 }
+
+
+@pytest.mark.parametrize("word", ["parallel.zero=3", "parallel.expert=1", "train.router_bias_rate=0.1"])
+def test_the_capacity_layer_is_refused_where_deepspeed_has_none(word):
+    words = ["recipe=demo", "parallel.expert=2", "parallel.zero=2", "parallel.dispatch=deepspeed_capacity"]
+    assert compose(words).config.parallel.dispatch == "deepspeed_capacity"
+    with pytest.raises(ConfigError, match=word.split("=")[0] + "="):
+        compose([*words, word])
 
 
 @pytest.mark.parametrize("text", RECIPE_MISTAKES)

@@ -15,6 +15,7 @@ from mixtral.weights.names import is_stacked
 from train.config import Config
 from train.data.packing import Batch
 from train.errors import MachineError, UserError
+from train.parallel.exchange import Traffic
 from train.parallel.launcher import number_of_processes
 from train.parallel.meeting import meet
 
@@ -46,6 +47,7 @@ class Engine(ABC):
     Attributes:
         rank, world_size: this process's number and how many there are.
         device: where the model and the batches live.
+        parallel: how the processes share the work.
         expert_ranks: over how many consecutive processes each layer's experts are split.
         module: the model itself, with this rank's experts; `model` is the same, wrapped for training.
     """
@@ -60,6 +62,7 @@ class Engine(ABC):
             meet("gloo" if cpu else "nccl", config.parallel.meeting_seconds)
             handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else None))  # accelerate would guess wrong
         self.accelerator = Accelerator(kwargs_handlers=handlers, **options)
+        self.parallel = config.parallel
         self.expert_ranks = config.parallel.expert
         self.dtype = DTYPES[config.train.precision]
         self.rank: int = self.accelerator.process_index
@@ -108,6 +111,10 @@ class Engine(ABC):
         Raises:
             NumericsError: when the norm is not finite, on every process; nothing is updated then.
         """
+
+    def traffic(self) -> Traffic:
+        """Gives the rows that this process's tokens were routed in since it was last asked, where experts are split."""
+        return Traffic()
 
     @abstractmethod
     def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:

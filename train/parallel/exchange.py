@@ -1,10 +1,24 @@
 """Rows that travel between ranks: a differentiable all-to-all with unequal splits."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Traffic(NamedTuple):
+    """Routed rows, padding's among them: all of this rank's tokens, those an expert took, those sent to other ranks."""
+
+    routed: Tensor | float = 0.0
+    taken: Tensor | float = 0.0
+    crossing: Tensor | float = 0.0
+
+    @staticmethod
+    def total(several: "Iterable[Traffic]") -> "Traffic":
+        """Adds up the rows of layers and passes."""
+        return Traffic(*(sum(map(float, kind)) for kind in zip(*several, strict=True)))
 
 
 class _Exchange(torch.autograd.Function):

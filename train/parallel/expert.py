@@ -14,9 +14,11 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from mixtral import MixtralConfig
-from mixtral.moe import Experts, Router, Routing, SparseMoeBlock
+from mixtral.moe import Dispatcher, Experts, Router, Routing, SparseMoeBlock
 from mixtral.ops.permute import combine_rows, sort_rows
-from train.parallel.exchange import exchange_counts, exchange_rows
+from train.config import ParallelConfig
+from train.parallel.capacity import CapacityDispatcher
+from train.parallel.exchange import Traffic, exchange_counts, exchange_rows
 
 
 class ExpertParallelBlock(deepspeed_moe.AutoEPMoELayer):
@@ -27,19 +29,24 @@ class ExpertParallelBlock(deepspeed_moe.AutoEPMoELayer):
 
     Args:
         config: of the model.
-        ranks: P.
+        parallel: P, and how rows travel.
         rank: this rank's place in its group.
+
+    Attributes:
+        traffic: of each training pass since it was last cleared.
     """
 
-    def __init__(self, config: MixtralConfig, ranks: int, rank: int) -> None:
+    def __init__(self, config: MixtralConfig, parallel: ParallelConfig, rank: int) -> None:
         nn.Module.__init__(self)  # the parent's would take a whole layer apart
         self.jitter = config.router_jitter_noise
         self.gate = Router(config)
         mine = copy.copy(config)
-        mine.num_local_experts = config.num_local_experts // ranks
+        mine.num_local_experts = config.num_local_experts // parallel.expert
         self.experts = Experts(mine)
-        self.dispatcher = self.dispatch
-        self._describe_to_deepspeed(config, ranks, rank)
+        self._describe_to_deepspeed(config, parallel.expert, rank)
+        capacity = parallel.dispatch == "deepspeed_capacity"
+        self.dispatcher: Dispatcher = CapacityDispatcher(parallel, self) if capacity else self.dispatch
+        self.traffic: list[Traffic] = []
 
     forward = SparseMoeBlock.forward
 
@@ -53,8 +60,14 @@ class ExpertParallelBlock(deepspeed_moe.AutoEPMoELayer):
         leaving_P = counts_E.view(self.ep_size, -1).sum(dim=1)
         sends, receives = torch.stack([leaving_P, arriving_PE.sum(dim=1)]).tolist()
         rows_RH = exchange_rows(x_TH[order_R // routing.experts_TK.shape[-1]], sends, receives, self.ep_group)
+        self.count(Traffic(len(order_R), len(rows_RH), sum(sends) - sends[self.ep_rank]))
         back_RH = exchange_rows(_by_expert(rows_RH, arriving_PE, experts), receives, sends, self.ep_group)
         return combine_rows(back_RH, order_R, routing.weights_TK)
+
+    def count(self, traffic: Traffic) -> None:
+        """Counts the rows of a training pass."""
+        if self.training:
+            self.traffic.append(traffic)
 
     def _describe_to_deepspeed(self, config: MixtralConfig, ranks: int, rank: int) -> None:
         """Sets what DeepSpeed's engine reads of such a layer, all of it private to DeepSpeed."""
@@ -92,13 +105,14 @@ def _by_expert(rows_RH: Tensor, arriving_PE: Tensor, experts: Experts) -> Tensor
     return sorted_RH[place_R]
 
 
-def split_experts(model: nn.Module, config: MixtralConfig, ranks: int, rank: int) -> None:
-    """Replaces every sparse block of a model by one that holds this rank's experts alone, where the block's are."""
+def split_experts(model: nn.Module, config: MixtralConfig, parallel: ParallelConfig, rank: int) -> None:
+    """Replaces every sparse block of a model by one that holds the experts of a rank alone, where the block's are."""
+    place = rank % parallel.expert
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SparseMoeBlock):
                 with torch.device(child.gate.weight.device):
-                    setattr(parent, name, ExpertParallelBlock(config, ranks, rank))
+                    setattr(parent, name, ExpertParallelBlock(config, parallel, place))
 
 
 def expert_groups(ranks: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

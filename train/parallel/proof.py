@@ -38,7 +38,7 @@ class Proof:
         if engine.expert_ranks > 1:
             from train.parallel.expert import ExpertParallelBlock, expert_groups, split_experts
 
-            split_experts(model, model.config, engine.expert_ranks, engine.rank % engine.expert_ranks)
+            split_experts(model, model.config, engine.parallel, engine.rank)
             self._expert_group, self._same_experts = expert_groups(engine.expert_ranks)
             for block in model.modules():
                 if isinstance(block, ExpertParallelBlock):

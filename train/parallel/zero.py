@@ -17,7 +17,8 @@ from train.config import Config
 from train.errors import NumericsError
 from train.optim import build_optimizer
 from train.parallel.engine import Engine, Kind, Weights, fill
-from train.parallel.expert import mark_as_split, split_experts
+from train.parallel.exchange import Traffic
+from train.parallel.expert import ExpertParallelBlock, mark_as_split, split_experts
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class ZeroEngine(Engine):
 
     def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
         if self.expert_ranks > 1:
-            split_experts(model, model.config, self.expert_ranks, self.rank % self.expert_ranks)
+            split_experts(model, model.config, self.parallel, self.rank)
         self._fill(model, weights)
         parameters = dict(model.named_parameters())
         optimizer = build_optimizer(parameters, self._config.optim)
@@ -102,6 +103,13 @@ class ZeroEngine(Engine):
         if self.model.optimizer.overflow:
             raise NumericsError.of_gradient(float("nan"))
         return float(self.model.get_global_grad_norm())
+
+    def traffic(self) -> Traffic:
+        blocks = [block for block in self.module.modules() if isinstance(block, ExpertParallelBlock)]
+        total = Traffic.total(traffic for block in blocks for traffic in block.traffic)
+        for block in blocks:
+            block.traffic.clear()
+        return total
 
     def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         door = {"gradients": safe_get_full_grad, "masters": safe_get_full_fp32_param}.get(kind)

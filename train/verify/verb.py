@@ -47,6 +47,7 @@ def shrink(config: Config) -> None:
     model = config.model
     model.init_from = None  # weights are drawn: routers that are decided and unequal
     model.attention_dropout = model.router_jitter_noise = 0.0
+    config.parallel.capacity_factor = None  # what is dropped, one process would not have dropped
     config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.01, 0.5
     if config.verify.full:
         return
