@@ -12,8 +12,11 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.module_inject import auto_ep_layer
 from deepspeed.moe import utils as moe_utils
+from deepspeed.moe.sharded_moe import MOELayer, topkgating
+from deepspeed.runtime import engine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partition_parameters, stage3
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -42,6 +45,37 @@ def test_a_private_name_is_where_it_was(use):
     owner, name = NAMES[use]
     version = f"deepspeed {deepspeed.__version__}, torch {torch.__version__}"
     assert hasattr(owner, name), f"{name} is gone from {owner} ({version}): {use} needs another way"
+
+
+READ = {  # what we set for DeepSpeed to read: where it does
+    "ds_zero_partition_process_group": partition_parameters,
+    "ds_zero_placement_family": stage3,
+    '"autoep_expert"': stage3,
+    "ds_zero_partition_group_name": stage3,
+    "group_name": moe_utils,
+    "set_deepspeed_parallelism": engine,
+    "folding_group_handles": auto_ep_layer,
+    "ep_group_name": auto_ep_layer,
+    "ep_size": auto_ep_layer,
+    "ep_rank": auto_ep_layer,
+    "num_local_experts": auto_ep_layer,
+    "expert_placement_descriptor": auto_ep_layer,
+    "comm_backend": auto_ep_layer,
+    "combine_impl": auto_ep_layer,
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_deepspeed_still_reads_what_we_set_for_it(name):
+    where = READ[name]
+    assert name in inspect.getsource(where), f"{where.__name__} of {deepspeed.__version__} does not know {name}"
+
+
+def test_the_capacity_layer_is_called_as_we_stand_in_for_its_gate():
+    call = inspect.getsource(MOELayer.forward)
+    assert "self.gate(" in call
+    assert "reshaped_input, input[1], True, self.use_tutel" in call
+    assert {"drop_policy", "sparse_routes", "ep_group"} <= set(inspect.signature(topkgating).parameters)
 
 
 def test_the_engine_knows_expert_parameters_by_the_marks_we_set():
