@@ -78,7 +78,7 @@ def report(error: UserError | StopSignal, *, met: bool) -> None:
     """Says an error once: one process prints it, the others give it time to, but for a signal, which all get.
 
     A launcher ends all processes as soon as one has failed. Were another the first, the main process would
-    be ended before its message and its `exit.json`.
+    be ended before its message and its `exit.json`. One that nobody ends has an error of its own, and says it.
 
     Args:
         error: what to say.
@@ -90,3 +90,4 @@ def report(error: UserError | StopSignal, *, met: bool) -> None:
     elif isinstance(error, UserError):
         with contextlib.suppress(StopSignal):  # which is how the launcher ends it
             time.sleep(LINGER_SECONDS)
+            print(f"error: process {rank}: {error}", file=sys.stderr, flush=True)
