@@ -27,10 +27,11 @@ def meet(backend: str, patience: float) -> None:
         patience: seconds that a process waits for the others, and for their first connections.
 
     Raises:
-        MachineError: naming the address that does not answer, or the processes that did not come.
+        MachineError: naming the address that does not answer, the processes that did not come, or the GPU that is
+            not there.
     """
     timeout = datetime.timedelta(seconds=patience / 4)  # gloo tries so long several times
-    processes = number_of_processes()
+    processes, device = number_of_processes(), _own_device(backend)
     if processes == 1:  # accelerate asks for these before it lets DeepSpeed drive
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         store: dist.Store = dist.HashStore()
@@ -43,6 +44,7 @@ def meet(backend: str, patience: float) -> None:
         dist.init_process_group(
             backend, store=store, rank=int(os.environ["RANK"]), world_size=processes, timeout=timeout
         )
+        dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects no earlier
     except RuntimeError as error:
         raise MachineError(
             f"the processes met, but cannot talk over {backend}: {_first_line(error)}; set "
@@ -50,6 +52,19 @@ def meet(backend: str, patience: float) -> None:
         ) from None
     dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     store.set_timeout(COLLECTIVE_TIMEOUT)
+
+
+def _own_device(backend: str) -> torch.device:
+    """The device that this process's collectives run on."""
+    if backend == "gloo":
+        return torch.device("cpu")
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= there:
+        raise MachineError(
+            f"LOCAL_RANK={local}, but {socket.gethostname()} has {there} GPUs: start no more processes than that on it"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def _open_store(processes: int, patience: float) -> dist.Store:
