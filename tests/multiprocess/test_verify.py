@@ -32,7 +32,7 @@ def test_a_layout_trains_what_one_process_would(tmp_path, layout):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     certificate = read_json(tmp_path / "certificate.json")
     assert certificate["ok"]
-    assert len(certificate["rows"]) == 135
+    assert len(certificate["rows"]) == 136
     for row in certificate["rows"]:
         if row["kind"].startswith("fp64"):
             assert row["max_rel"] <= row["bound"] == 1e-10

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from mixtral import MixtralForCausalLM
+from mixtral import MixtralConfig, MixtralForCausalLM
 from mixtral.weights.names import is_stacked
 from train.config import Config
 from train.data.packing import Batch
@@ -150,10 +150,8 @@ class Engine(ABC):
         return mine
 
     def place(self, batch: Batch) -> Batch:
-        """Moves a batch to the device, in the form that the attention backend keeps documents apart in."""
-        if self.module.config._attn_implementation.startswith("flash"):  # varlen kernels take one long row
-            batch = batch.flattened()
-        return batch.to(self.device)
+        """Moves a batch to the device, in the form that the model takes."""
+        return place(batch, self.module.config, self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the processes."""
@@ -220,6 +218,13 @@ class Engine(ABC):
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def place(batch: Batch, model: MixtralConfig, device: torch.device) -> Batch:
+    """Moves a batch to a device, in the form that a model's attention backend keeps documents apart in."""
+    if str(model._attn_implementation).startswith("flash"):  # varlen kernels take one long row
+        batch = batch.flattened()
+    return batch.to(device)
 
 
 def fill(

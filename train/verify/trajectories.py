@@ -16,6 +16,7 @@ from train.data.packing import Batch, Row, make_row, stack
 from train.model import initial_weights
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict, uniform_load
 from train.optim import MasterWeights
+from train.parallel.engine import place
 from train.verify.compare import Values
 from train.verify.reference import objective
 
@@ -101,12 +102,17 @@ def expected_steps(
 def descend(masters: Values, gradients: Values, config: Config) -> tuple[Values, float]:
     """Takes a clipped step of gradient descent, matrices decaying; returns the new masters and the gradient's norm."""
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
-    limit = config.optim.max_grad_norm
-    scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+    scale = clip_coefficient(norm, config)
     decay = {name: config.optim.weight_decay if master.dim() > 1 else 0.0 for name, master in masters.items()}
     return {
         name: master - LR * (scale * gradients[name] + decay[name] * master) for name, master in masters.items()
     }, norm
+
+
+def clip_coefficient(norm: float, config: Config) -> float:
+    """By what a gradient of this norm is scaled before a step."""
+    limit = config.optim.max_grad_norm
+    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
 
 def plain_steps(
@@ -152,7 +158,7 @@ def _accumulate(
     for micro_step in micro_steps:
         joined = [Batch(*map(torch.cat, zip(*micro_step, strict=True)))]
         for batch in micro_step if coefficients.scope == "huggingface" else joined:
-            batch = batch.to(load_LE.device)
+            batch = place(batch, model.config, load_LE.device)
             output = predict(model, batch, size.trained_tokens, routing=True)
             parts = objective_parts(output, batch, size, lambda tensor: tensor, coefficients, load_LE)
             parts.loss(coefficients).backward()

@@ -30,6 +30,7 @@ from train.verify.trajectories import (
     LR,
     STEPS,
     Step,
+    clip_coefficient,
     expected_steps,
     make_batches,
     plain_steps,
@@ -142,6 +143,8 @@ class Verification:
         compare.scalar("fp64/loss", "fp64 loss", total.cross_entropy.item(), wanted.loss, bounds)
         compare.scalar("fp64/router_loss", "fp64 loss", _router_loss(total, size.tokens), wanted.router_loss, bounds)
         compare.scalar("fp64/grad_norm", "fp64 norm", norm, wanted.grad_norm, bounds)
+        mine, due = (clip_coefficient(size, self._config) for size in (norm, wanted.grad_norm))
+        compare.scalar("fp64/clip_coefficient", "fp64 norm", mine, due, bounds)
         compare.pieces("fp64 gradient", "fp64 gradient", pieces, wanted.gradients, bounds)
 
     def train(self) -> None:
