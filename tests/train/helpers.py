@@ -48,7 +48,10 @@ def run_small(folder: Path, *words: str) -> int:
 def launch(
     command: list[str], *words: str, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a process group of its own, and leaves none of it behind."""
+    """Runs a command in a process group of its own, and leaves none of it behind.
+
+    For what is about a launcher or a fresh interpreter; the rest starts much faster by `tests.warm.launch_ranks`.
+    """
     process = subprocess.Popen(
         [*command, *words],
         stdout=subprocess.PIPE,
