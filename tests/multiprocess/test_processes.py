@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.helpers import PYTHON, SMALL, launch, metrics, read_json, torchrun, write_corpus
+from tests.train.helpers import SMALL, launch, metrics, read_json, torchrun, write_corpus
+from tests.warm import launch_ranks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 MODULE = ["-m", "train"]
@@ -22,13 +23,14 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
-    """Launches a small run and returns its folder."""
+    """Launches a small run, by that many processes or a launcher's command, and returns its folder."""
     folders = tmp_path_factory.mktemp("runs")
 
-    def start(name, command, *words, code=0):
+    def start(name, by, *words):
         folder = folders / name
-        done = launch(command, *SMALL, f"data.path={corpus}", f"run.dir={folder}", *words)
-        assert done.returncode == code, done.stderr[-3000:]
+        words = [*SMALL, f"data.path={corpus}", f"run.dir={folder}", *words]
+        done = launch_ranks(by, "train", *words) if isinstance(by, int) else launch(by, *words)
+        assert done.returncode == 0, done.stderr[-3000:]
         return folder
 
     return start
@@ -42,11 +44,11 @@ def assert_same_weights(mine, other, tolerance):
 
 @pytest.fixture(scope="module")
 def one_process(run):
-    return run("one", PYTHON, "train.max_steps=30", "train.micro_batch_size=8", "evaluate.every=10")
+    return run("one", 1, "train.max_steps=30", "train.micro_batch_size=8", "evaluate.every=10")
 
 
 def test_two_processes_log_the_losses_of_one_at_every_step(run, one_process):
-    two = run("two", [*torchrun(2), *MODULE], "train.max_steps=30", "train.micro_batch_size=4", "evaluate.every=10")
+    two = run("two", 2, "train.max_steps=30", "train.micro_batch_size=4", "evaluate.every=10")
     for mine, other in zip(metrics(two), metrics(one_process), strict=True):
         for figure in ("loss", "router_loss", "router_objective", "grad_norm", "eval_loss"):
             assert (figure in mine) == (figure in other)
@@ -61,11 +63,9 @@ def test_gradients_do_not_depend_on_processes_or_accumulation(run):
     """Plain gradient descent in fp32 through the engine: a wrong scale would show in the weights at once."""
     words = ["optim=sgd", "optim.lr=0.3", "train.max_steps=3", "model.router_aux_loss_coef=0.0", "tracker=none"]
     words += ["train.router_z_loss_coef=0.01", "schedule=constant", "schedule.warmup_steps=0"]
-    whole = run("whole", PYTHON, *words, "train.micro_batch_size=8")
-    accumulated = run("accumulated", PYTHON, *words, "train.micro_batch_size=2", "train.gradient_accumulation_steps=4")
-    both = run(
-        "both", [*torchrun(2), *MODULE], *words, "train.micro_batch_size=2", "train.gradient_accumulation_steps=2"
-    )
+    whole = run("whole", 1, *words, "train.micro_batch_size=8")
+    accumulated = run("accumulated", 1, *words, "train.micro_batch_size=2", "train.gradient_accumulation_steps=4")
+    both = run("both", 2, *words, "train.micro_batch_size=2", "train.gradient_accumulation_steps=2")
     for split in (accumulated, both):
         assert_same_weights(split, whole, 1e-5)
         assert metrics(split)[-1]["grad_norm"] == pytest.approx(metrics(whole)[-1]["grad_norm"], rel=1e-5)
@@ -73,8 +73,8 @@ def test_gradients_do_not_depend_on_processes_or_accumulation(run):
 
 def test_bf16_keeps_the_processes_together(run):
     words = ["train.precision=bf16", "train.max_steps=10", "train.gradient_accumulation_steps=2"]
-    two = run("bf16-two", [*torchrun(2), *MODULE], *words, "train.micro_batch_size=2")
-    one = run("bf16-one", PYTHON, *words, "train.micro_batch_size=4")
+    two = run("bf16-two", 2, *words, "train.micro_batch_size=2")
+    one = run("bf16-one", 1, *words, "train.micro_batch_size=4")
     for mine, other in zip(metrics(two)[1:], metrics(one)[1:], strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=2e-2)
     assert load_file(two / "export" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
@@ -82,8 +82,8 @@ def test_bf16_keeps_the_processes_together(run):
 
 def test_a_stream_gives_two_processes_the_rows_of_one(run):
     words = ["data.streaming=true", "data.tokenizer=mixtral", "model.vocab_size=32000", "data.shuffle_buffer=16"]
-    two = run("stream-two", [*torchrun(2), *MODULE], *words, "train.micro_batch_size=2")
-    one = run("stream-one", PYTHON, *words, "train.micro_batch_size=4")
+    two = run("stream-two", 2, *words, "train.micro_batch_size=2")
+    one = run("stream-one", 1, *words, "train.micro_batch_size=4")
     for mine, other in zip(metrics(two)[1:], metrics(one)[1:], strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
@@ -120,13 +120,13 @@ def test_a_taken_port_is_named(tmp_path):
         taken.listen()
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
         environment = address | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        done = launch(PYTHON, *SMALL, "data.path=x.jsonl", f"run.dir={tmp_path}", timeout=60, **environment)
+        done = launch_ranks(1, "train", *SMALL, "data.path=x.jsonl", f"run.dir={tmp_path}", timeout=60, **environment)
     assert done.returncode == 6, done.stderr
     assert f"cannot meet at 127.0.0.1:{environment['MASTER_PORT']}" in done.stderr
 
 
 def test_every_process_exits_by_the_code_of_a_mistake(tmp_path):
-    done = launch([*torchrun(2), *MODULE], "recipe=demo", "train.max_step=3", timeout=60)
+    done = launch_ranks(2, "train", "recipe=demo", "train.max_step=3", timeout=60)
+    assert done.returncode == 2
     assert done.stderr.count("error: unknown key train.max_step") == 1
-    assert "exitcode  : 2" in done.stderr
     assert not list(tmp_path.iterdir())
