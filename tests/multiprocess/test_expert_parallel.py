@@ -6,10 +6,10 @@ import transformers
 from safetensors.torch import load_file
 
 from mixtral import MixtralForCausalLM
-from tests.train.helpers import PYTHON, SMALL, launch, metrics, read_json, torchrun, write_corpus
+from tests.train.helpers import SMALL, metrics, read_json, write_corpus
+from tests.warm import launch_ranks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-MODULE = ["-m", "train"]
 
 CASES = ["even", "all to one expert", "none to the first rank", "one rank has no token", "unequal", "a single token"]
 CASES += ["capacity, even", "capacity, all to one expert", "capacity, a single token"]
@@ -18,7 +18,7 @@ CASES += ["drops by probs", "drops by position"]
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_routing_gives_the_outputs_and_gradients_of_one_process(processes):
-    done = launch([*torchrun(processes), "-m", "tests.multiprocess.dispatch_worker"], *CASES, timeout=120)
+    done = launch_ranks(processes, "tests.multiprocess.dispatch_worker", *CASES, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == [f"held: {case}" for case in CASES]
 
@@ -30,8 +30,7 @@ def run(tmp_path_factory):
     corpus = write_corpus(folders / "corpus.jsonl", documents=300)
 
     def start(name, processes, *words):
-        command = [*torchrun(processes), *MODULE] if processes > 1 else PYTHON
-        done = launch(command, *SMALL, f"data.path={corpus}", f"run.dir={folders / name}", *words)
+        done = launch_ranks(processes, "train", *SMALL, f"data.path={corpus}", f"run.dir={folders / name}", *words)
         assert done.returncode == 0, done.stderr[-3000:]
         return folders / name
 
@@ -129,7 +128,7 @@ def test_a_gradient_that_is_not_finite_ends_every_process_with_code_5(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl", documents=300)
     words = [f"data.path={corpus}", f"run.dir={tmp_path / 'run'}", "optim=sgd", "optim.lr=1e30", "train.max_steps=5"]
     layout = ["parallel.expert=2", "parallel.zero=2", "schedule=constant", "schedule.warmup_steps=0"]
-    done = launch([*torchrun(2), *MODULE], *SMALL, *words, *layout, timeout=120)
-    assert "exitcode  : 5" in done.stderr, done.stderr[-2000:]
+    done = launch_ranks(2, "train", *SMALL, *words, *layout, timeout=120)
+    assert done.returncodes == [5, 5], done.stderr[-2000:]
     assert read_json(tmp_path / "run" / "exit.json")["reason"] == "numerics"
     assert not (tmp_path / "run" / "export").exists()

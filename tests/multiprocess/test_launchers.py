@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.helpers import PYTHON, SMALL, launch, metrics, read_json, torchrun, write_corpus
+from tests.warm import launch_ranks
 
 pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def assert_same_figures(folder, expected):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_lone_process_needs_no_launcher_for_zero(one_process, corpus, tmp_path, stage):
     words = [f"parallel.zero={stage}", "train.max_steps=3", "train.micro_batch_size=8"]
-    done = launch(PYTHON, *SMALL, *words, f"data.path={corpus}", f"run.dir={tmp_path / 'run'}")
+    done = launch_ranks(1, "train", *SMALL, *words, f"data.path={corpus}", f"run.dir={tmp_path / 'run'}")
     assert (done.returncode, done.stderr) == (0, "")
     assert_same_figures(tmp_path / "run", one_process)
 
@@ -142,18 +143,18 @@ def test_those_that_came_name_the_one_that_did_not(tmp_path):
     """Two of three processes, each the first of its host."""
     port, words = (
         free_port(),
-        [*SMALL, "data.path=x.jsonl", f"run.dir={tmp_path / 'run'}", "parallel.meeting_seconds=20"],
+        [*SMALL, "data.path=x.jsonl", f"run.dir={tmp_path / 'run'}", "parallel.meeting_seconds=10"],
     )
 
     def start(rank):
         place = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
-        return launch(PYTHON, *words, timeout=120, **place, MASTER_PORT=port)
+        return launch_ranks(1, "train", *words, timeout=120, **place, MASTER_PORT=port)
 
     with ThreadPoolExecutor() as pool:
         for done in pool.map(start, (0, 1)):
             assert done.returncode == 6
             assert done.stderr == (
-                f"error: process 2 of 3 did not come to 127.0.0.1:{port} within 20 s (parallel.meeting_seconds): "
+                f"error: process 2 of 3 did not come to 127.0.0.1:{port} within 10 s (parallel.meeting_seconds): "
                 "did it start, and can its host reach that address?\n"
             )
 
@@ -162,7 +163,7 @@ def test_those_that_came_name_the_one_that_did_not(tmp_path):
 def test_an_address_where_nothing_answers_is_named_in_time(tmp_path):
     words = [*SMALL, "data.path=x.jsonl", f"run.dir={tmp_path / 'run'}", "parallel.meeting_seconds=1"]
     place = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    done = launch(PYTHON, *words, timeout=60, **place)
+    done = launch_ranks(1, "train", *words, timeout=60, **place)
     assert done.returncode == 6
     assert done.stderr.startswith(f"error: nothing answers at 127.0.0.1:{place['MASTER_PORT']} within 1 s")
     assert done.stderr.count("\n") == 1

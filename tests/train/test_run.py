@@ -13,7 +13,8 @@ import transformers
 import yaml
 
 from mixtral import MixtralForCausalLM
-from tests.train.helpers import PYTHON, SMALL, kill_group, launch, metrics, read_json, run_small, write_corpus
+from tests.train.helpers import PYTHON, SMALL, kill_group, metrics, read_json, run_small, write_corpus
+from tests.warm import launch_ranks
 from train.compose import compose
 from train.config import Config, TrainConfig
 from train.errors import NumericsError
@@ -306,7 +307,7 @@ def test_an_interrupted_run_has_its_pictures(living):
 @pytest.mark.slow
 def test_by_default_a_run_makes_its_own_folder(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = launch(PYTHON, *SMALL, f"data.path={corpus}", "train.max_steps=1")
+    done = launch_ranks(1, "train", *SMALL, f"data.path={corpus}", "train.max_steps=1")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("pretrain_tiny-20")
