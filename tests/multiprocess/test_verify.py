@@ -68,9 +68,13 @@ SEEN_BY = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found_and_named(tmp_path, fault):
+PRECISIONS = [*((fault, "fp32") for fault in FAULTS), ("expert_gradients_times_ranks", "bf16")]
+
+
+@pytest.mark.parametrize(("fault", "precision"), PRECISIONS)
+def test_a_planted_fault_is_found_and_named(tmp_path, fault, precision):
     words = ["recipe=demo", "parallel.expert=2", "parallel.zero=2", f"run.dir={tmp_path}"]
+    words.append(f"train.precision={precision}")
     if fault == "window_off_by_one":
         words.append("model.sliding_window=16")
     code, said = verify(fault, 2, "tests.multiprocess.faulty_verify", fault, *words)

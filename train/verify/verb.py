@@ -25,7 +25,7 @@ from train.model import empty_model, model_config
 from train.objective import Coefficients, Parts
 from train.parallel.engine import Engine, Piece, fill
 from train.parallel.proof import Proof
-from train.verify.compare import Bounds, Comparison, Values, table
+from train.verify.compare import Bounds, Comparison, Row, Values, table
 from train.verify.trajectories import (
     LR,
     STEPS,
@@ -118,9 +118,11 @@ class Verification:
             plain.pieces(f"{step} gradient", "", split(got.gradients), wanted.gradients, unbounded)
             plain.pieces(f"{step} update", "", split(got.masters), wanted.masters, unbounded, self._start)
         plain.pieces("export", "", split(rounded(steps[-1].masters)), rounded(self._expected[-1].masters), unbounded)
-        # a single number may be right by chance
-        errors = {row.name: max(row.max_rel, BF16_STEP / 2 if row.kind == "number" else 0.0) for row in plain.rows}
-        return Bounds(BOUND_FP32, errors)
+        worst: dict[str, float] = {}  # of alike parameters: each one's own error is chance, as is a single number's
+        for row in plain.rows:
+            worst[_alike(row)] = max(row.max_rel, worst.get(_alike(row), 0.0))
+        least = {row.name: BF16_STEP / 2 if row.kind == "number" else 0.0 for row in plain.rows}
+        return Bounds(BOUND_FP32, {row.name: max(worst[_alike(row)], least[row.name]) for row in plain.rows})
 
     def covered(self) -> dict[str, str]:
         """Says what the comparison is about: the model's sizes, and the attention behind each half of the rows."""
@@ -188,6 +190,11 @@ class Verification:
             least = BOUND_FP32 if self._engine.dtype is torch.float32 else BF16_STEP
             wanted, bounds = rounded(self._expected[-1].masters, self._engine.dtype), Bounds(least, self._bounds.plain)
             self.comparison.pieces("export", "export", _by_hub_name(files, self._model), wanted, bounds)
+
+
+def _alike(row: Row) -> str:
+    """Names the group of a row: a number itself, or dense, router or expert parameters of a step."""
+    return row.name if row.kind == "number" else row.name.split("/")[0] + row.kind
 
 
 def without_flash(model: MixtralConfig) -> MixtralConfig:
