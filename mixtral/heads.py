@@ -14,7 +14,7 @@ from mixtral.cache import LayerPast
 from mixtral.configuration import MixtralConfig
 from mixtral.losses import pooled_load_balancing_loss, router_statistics, shift_labels
 from mixtral.modeling import MixtralModel, MixtralPreTrainedModel, ModelOutput
-from mixtral.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum, linear_cross_entropy
+from mixtral.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum, head_cross_entropy, linear_cross_entropy
 
 
 @dataclass
@@ -134,7 +134,11 @@ class MixtralForCausalLM(MixtralPreTrainedModel, GenerationMixin):
         labels_T = labels_BS.flatten()
         if logits_BSV is None:
             assert output.last_hidden_state is not None
-            total = linear_cross_entropy(output.last_hidden_state.flatten(0, 1), self.lm_head.weight, labels_T)
+            hidden_TH = output.last_hidden_state.flatten(0, 1)
+            if isinstance(self.lm_head, nn.Linear):
+                total = linear_cross_entropy(hidden_TH, self.lm_head.weight, labels_T)
+            else:  # a head with an adapter is more than its weight
+                total = head_cross_entropy(hidden_TH, self.lm_head, labels_T)
         else:
             total = cross_entropy_sum(logits_BSV.flatten(0, 1), labels_T)
         return total / ((labels_T != IGNORE_INDEX).sum().clamp(min=1) if divisor is None else divisor)

@@ -1,10 +1,12 @@
 """Cross-entropy of a linear head, summed over tokens, with and without forming all logits."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 
@@ -32,6 +34,18 @@ def cross_entropy_sum(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, chunk: int = 1024) -> Tensor:
     """Equals `reference`, holding at most `chunk` rows of logits at a time."""
     return _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, chunk)
+
+
+def head_cross_entropy(
+    hidden_TH: Tensor, head: Callable[[Tensor], Tensor], labels_T: Tensor, chunk: int = 1024
+) -> Tensor:
+    """Sums the cross-entropy of any head, holding at most `chunk` rows of logits, which are computed twice."""
+
+    def part(hidden_TH: Tensor, labels_T: Tensor) -> Tensor:
+        return cross_entropy_sum(head(hidden_TH), labels_T)
+
+    chunks = zip(hidden_TH.split(chunk), labels_T.split(chunk), strict=True)
+    return torch.stack([checkpoint(part, *rows, use_reentrant=False) for rows in chunks]).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

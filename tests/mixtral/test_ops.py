@@ -32,6 +32,30 @@ def test_experts_equal_their_reference_with_gradients(counts):
             assert torch.allclose(mine, other, rtol=1e-11)
 
 
+@pytest.mark.parametrize("counts", [[3, 0, 4, 2], [0, 0, 0, 0]], ids=["mixed", "no rows"])
+def test_experts_with_low_rank_additions_equal_their_reference_with_gradients(counts):
+    weights = leaf(sum(counts), HIDDEN), leaf(EXPERTS, 2 * INNER, HIDDEN), leaf(EXPERTS, HIDDEN, INNER)
+    pairs = leaf(EXPERTS, 2, HIDDEN), leaf(EXPERTS, 2 * INNER, 2), leaf(EXPERTS, 2, INNER), leaf(EXPERTS, HIDDEN, 2)
+    additions = experts.LowRank(*pairs[:2], scale=0.7), experts.LowRank(*pairs[2:], scale=0.7)
+    rows, counts_E = weights[0], torch.tensor(counts)
+    outputs = [op(rows, counts_E, *weights[1:], silu, *additions) for op in (experts.expert_ffn, experts.reference)]
+    assert torch.allclose(*outputs, rtol=1e-11)
+    if sum(counts):
+        upstream = torch.randn_like(outputs[0])
+        gradients = [torch.autograd.grad(output, [*weights, *pairs], upstream) for output in outputs]
+        for mine, other in zip(*gradients, strict=True):
+            assert torch.allclose(mine, other, rtol=1e-10)
+
+
+def test_dropout_of_a_low_rank_addition_spares_the_projection_and_keeps_the_mean():
+    rows, eye = torch.ones(2000, HIDDEN).double(), torch.eye(HIDDEN).double()[None]
+    gate_up, counts = torch.cat([eye, eye], dim=1), torch.tensor([2000])
+    addition = experts.LowRank(eye, 100 * gate_up, scale=0.5, dropout=0.25)
+    values = experts.expert_ffn(rows, counts, gate_up, eye, torch.ones_like, addition)
+    assert values.unique().tolist() == pytest.approx([1.0, 1 + 50 / 0.75])
+    assert values.mean().item() == pytest.approx(51, rel=0.05)
+
+
 def test_an_expert_without_rows_has_a_gradient_of_exactly_zero():
     rows, gate_up, down = leaf(3, HIDDEN), leaf(EXPERTS, 2 * INNER, HIDDEN), leaf(EXPERTS, HIDDEN, INNER)
     experts.expert_ffn(rows, torch.tensor([3, 0, 0, 0]), gate_up, down, silu).sum().backward()
@@ -53,6 +77,19 @@ def test_linear_cross_entropy_equals_its_reference_with_gradients(chunk, trained
         torch.autograd.grad(0.3 * slow, (hidden, weight)),
         strict=True,
     ):
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_cross_entropy_through_a_head_of_several_parts_equals_the_reference_with_gradients(chunk):
+    hidden, head = leaf(11, HIDDEN), torch.nn.Sequential(torch.nn.Linear(HIDDEN, 5), torch.nn.Linear(5, 17)).double()
+    labels = torch.randint(0, 17, (11,))
+    labels[::3] = -100
+    inputs = [hidden, *head.parameters()]
+    fast = cross_entropy.head_cross_entropy(hidden, head, labels, chunk)
+    slow = cross_entropy.cross_entropy_sum(head(hidden), labels)
+    assert torch.allclose(fast, slow, rtol=1e-12)
+    for mine, other in zip(torch.autograd.grad(fast, inputs), torch.autograd.grad(slow, inputs), strict=True):
         assert torch.allclose(mine, other, rtol=1e-10, atol=1e-14)
 
 
