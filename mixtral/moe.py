@@ -42,9 +42,8 @@ class Router(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Routing:
         """Routes T tokens."""
-        dtype = torch.promote_types(x_TH.dtype, torch.float32)
         with torch.autocast(x_TH.device.type, enabled=False):
-            logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
+            logits_TE = self.logits(x_TH.to(torch.promote_types(x_TH.dtype, torch.float32)))
         probability_TE = logits_TE.softmax(dim=-1)
         if self.training and self.bias_E is not None:
             experts_TK = (probability_TE.detach() + self.bias_E).topk(self.top_k, dim=-1).indices
@@ -52,6 +51,10 @@ class Router(nn.Module):
         else:
             top_TK, experts_TK = probability_TE.topk(self.top_k, dim=-1)
         return Routing(logits_TE, top_TK / top_TK.sum(dim=-1, keepdim=True), experts_TK)
+
+    def logits(self, x_TH: Tensor) -> Tensor:
+        """Scores every expert, in the dtype of the input."""
+        return F.linear(x_TH, self.weight.to(x_TH.dtype))
 
 
 class Experts(nn.Module):

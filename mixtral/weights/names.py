@@ -7,6 +7,7 @@ In memory, all experts stacked:  `...mlp.experts.{gate_up_proj,down_proj}`, gate
 import re
 from collections.abc import Iterable
 
+from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
@@ -44,8 +45,18 @@ def register() -> None:
 
 
 def is_stacked(name: str) -> bool:
-    """Says whether a parameter holds all experts of a layer."""
-    return _STACKED_NAME.fullmatch(name) is not None
+    """Says whether a parameter holds all experts of a layer; what an adapter adds to them is stacked alike."""
+    return ".mlp.experts." in name
+
+
+def unwrapped(name: str) -> str:
+    """Names a parameter of a model that PEFT has wrapped parts of as if nothing were wrapped."""
+    return name.replace(".base_layer.", ".").replace(".default.", ".")
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a model that are not frozen, by their unwrapped names."""
+    return {unwrapped(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def layer_of(name: str) -> int | None:
