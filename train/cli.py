@@ -13,11 +13,12 @@ usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
        torchrun --nproc_per_node N -m train ...
        torchrun --nproc_per_node N -m train.verify ...    (compares the layout with one process)
        cierzo convert --input_dir FOLDER --output_dir FOLDER    (weights; see cierzo convert --help)
+       cierzo export adapter=FOLDER output_dir=FOLDER    (merges an adapter into its base; see cierzo export --help)
        cierzo keys    (lists every key, its default and what it may be)
 
 The recipe is applied after the defaults, the command line last.
 """
-VERBS = ("train", "verify", "convert", "keys")
+VERBS = ("train", "verify", "convert", "export", "keys")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from train.convert import main as convert
 
             return convert(rest)
+        if verb == "export":
+            from train.merge import main as export
+
+            return export(rest)
         if "-h" in rest or "--help" in rest:
             print(_help())
             return 0
@@ -53,9 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(table())
             return 0
         from train.compose import compose
+        from train.config import check_training
         from train.parallel.launcher import check_launch
 
         composed = compose(rest)
+        if verb == "train":
+            check_training(composed.config)
         check_launch(composed.config)
     except UserError as error:
         report(error, met=False)

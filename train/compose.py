@@ -14,7 +14,7 @@ import yaml
 
 from train.config import Config, check, keys, nearest
 from train.errors import ConfigError
-from train.inherit import inherit
+from train.inherit import inherit, inherit_adapter
 
 SECTIONS: dict[str, set[str]] = {section.name: set() for section in dataclasses.fields(Config)}
 for _key in keys():
@@ -89,8 +89,11 @@ def compose(argv: Sequence[str]) -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, path)) from None
     assert isinstance(config, Config)
+    explicit = _explicit_keys(words, path)
     if config.model.init_from is not None:
-        inherit(config, _explicit_keys(words, path))
+        inherit(config, explicit)
+    if config.lora.init_from is not None:
+        inherit_adapter(config.lora, explicit)
     check(config)
     return Composed(config=config, recipe=name, overrides=list(argv))
 

@@ -5,6 +5,7 @@ Nothing here imports torch, so that a mistake is refused in seconds.
 
 import dataclasses
 import difflib
+import fnmatch
 import math
 import types
 import typing
@@ -30,7 +31,19 @@ def key(
     return field(default=default, metadata={"help": help, **limits})
 
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "gate")
 ATTENTION = ("sdpa", "eager", "windowed", "flash_attention_2")
+GROUPS = {
+    "router": "*.mlp.gate.weight",
+    "experts": "*.mlp.experts.*",
+    "attention": "*.self_attn.*",
+    "norms": "*norm.weight",
+}
+_OF_LAYER = (
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    *("input_layernorm.weight", "post_attention_layernorm.weight"),
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,6 +145,11 @@ class TrainConfig:
         "choice of experts in training and is bounded so as to be gone at the last step, since a Mixtral has none",
         minimum=0,
     )
+    only: str = key(
+        "all",
+        "which weights are trained: all; or words from router, experts, attention and norms, names, and patterns of "
+        "names such as model.layers.3.*, with commas between",
+    )
     log_every: int = key(10, "steps between logged lines", minimum=1)
 
 
@@ -199,6 +217,34 @@ class ParallelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters on frozen weights; the routers' are frozen, unless they are a target."""
+
+    rank: int = key(0, "rank of the adapters; 0 trains the weights themselves", minimum=0)
+    alpha: float = key(32.0, "what an adapter adds is scaled by alpha / rank", above=0)
+    dropout: float = key(0.0, "share of its inputs that an adapter does not see, in training", minimum=0, below=1)
+    rslora: bool = key(False, "whether it is alpha / sqrt(rank) instead")
+    dora: bool = key(False, "whether adapted layers have magnitudes of their own; not for gate or the experts")
+    targets: str = key(
+        "q_proj,k_proj,v_proj,o_proj",
+        "what is adapted besides the experts: words from q_proj, k_proj, v_proj, o_proj, lm_head and gate, the router, "
+        "with commas between; or empty",
+    )
+    experts: bool = key(True, "whether each expert has adapters of its own")
+    format: str = key(
+        "portable",
+        "how adapters are exported: portable, a pair per matrix as the hub names them; or fused, as PEFT 0.21 adapts "
+        "stacked parameters",
+        choices=("portable", "fused"),
+    )
+    init_from: str | None = key(
+        None,
+        "a folder with an adapter in either format, or its hub id, to go on from; of lora.* only dropout and format "
+        "may then differ",
+    )
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """Evaluation on held-out documents: before the first step, now and then, and at the end."""
 
@@ -241,6 +287,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
@@ -325,6 +372,7 @@ def check(config: Config) -> None:
     _check_model(config.model)
     _check_parallel(config)
     _check_run(config)
+    _check_trained(config)
 
 
 def _refuse(when: bool, message: str) -> None:
@@ -420,3 +468,85 @@ def _check_run(config: Config) -> None:
         model.attn_implementation == "flash_attention_2" and train.precision != "bf16",
         "model.attn_implementation=flash_attention_2 needs half precision: set train.precision=bf16",
     )
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Takes apart what has commas between."""
+    return tuple(word for part in text.split(",") if (word := part.strip()))
+
+
+def _check_trained(config: Config) -> None:
+    lora, model = config.lora, config.model
+    chosen = trained_names(config)  # which refuses what names nothing
+    rest = [name for name in chosen if ".experts." not in name] if lora.rank == 0 else words_of(lora.targets)
+    _refuse(
+        not rest and config.parallel.expert > 1 and config.parallel.zero == 1 and config.train.precision == "bf16",
+        "only the experts are trained, and split, which DeepSpeed's optimizer for bf16 at parallel.zero=1 cannot do: "
+        "set parallel.zero to 2 or 3",
+    )
+    if lora.rank == 0:
+        given = [name for name in ("dora", "rslora", "dropout") if getattr(lora, name)]
+        _refuse(bool(given), f"lora.{given[0] if given else ''} needs adapters: set lora.rank")
+        return
+    targets = words_of(lora.targets)
+    for word in targets:
+        _refuse(word not in TARGETS, f"lora.targets: {word!r}, expected {' | '.join(TARGETS)}{nearest(word, TARGETS)}")
+    _refuse(
+        not targets and not lora.experts, f"lora.rank={lora.rank}, but lora.targets is empty and lora.experts=false"
+    )
+    _refuse(
+        config.train.only != "all",
+        f"train.only={config.train.only} with lora.rank={lora.rank}: adapters train beside frozen weights; choose one",
+    )
+    _refuse(
+        "lm_head" in targets and model.tie_word_embeddings,
+        "lora.targets: lm_head shares its matrix with the embedding (model.tie_word_embeddings=true), which an adapter "
+        "would change for one of them",
+    )
+    undecomposed = [
+        *(["lora.experts=true"] if lora.experts else []),
+        *(["lora.targets=gate"] if "gate" in targets else []),
+    ]
+    _refuse(
+        lora.dora and bool(undecomposed),
+        f"lora.dora=true with {' and '.join(undecomposed)}: magnitudes exist for linear layers only",
+    )
+    _refuse(
+        lora.dora and config.parallel.zero == 3,
+        "lora.dora=true needs whole weights: set parallel.zero to 2 or less",
+    )
+
+
+def check_training(config: Config) -> None:
+    """Refuses what can be verified, but is of no use to train.
+
+    Raises:
+        ConfigError: for adapters of weights that nobody else has.
+    """
+    _refuse(
+        config.lora.rank > 0 and config.model.init_from is None,
+        f"lora.rank={config.lora.rank} adapts given weights: set model.init_from",
+    )
+
+
+def trained_names(config: Config) -> set[str]:
+    """Names the weights that `train.only` chooses, adapters aside.
+
+    Raises:
+        ConfigError: for a word that chooses none.
+    """
+    layers = range(config.model.num_hidden_layers)
+    names = ["model.embed_tokens.weight", "model.norm.weight"]
+    names += [] if config.model.tie_word_embeddings else ["lm_head.weight"]
+    names += [f"model.layers.{layer}.{name}" for layer in layers for name in _OF_LAYER]
+    chosen: set[str] = set()
+    for word in words_of(config.train.only) or ("",):
+        found = names if word == "all" else fnmatch.filter(names, GROUPS.get(word, word))
+        there_is = sorted({name.replace(".0.", ".*.") for name in names if "layers." not in name or ".0." in name})
+        _refuse(
+            not found,
+            f"train.only: {word!r} chooses no weight; expected {' | '.join(('all', *GROUPS))}, or a pattern of "
+            f"{', '.join(there_is)}",
+        )
+        chosen |= set(found)
+    return chosen

@@ -1,8 +1,9 @@
-"""The trained model as a folder that the ecosystem reads: the hub's layout."""
+"""The trained model as a folder that the ecosystem reads: the hub's layout; run as a module, `cierzo export`."""
 
 import copy
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,23 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mixtral import MixtralConfig
+from mixtral.weights.adapters import AdapterWriter
 from mixtral.weights.names import hub_shapes
 from mixtral.weights.write import HubWriter, Planned, new_folder
 from train.config import Config
+from train.lora import adapter_of
+from train.merge import main
 from train.parallel.engine import Engine, Piece
 
 CARD = """\
 ---
-library_name: transformers
-tags: [mixtral, moe, cierzo]
+library_name: {library}
+tags: [mixtral, moe, cierzo{tags}]
 ---
 
 # {name}
 
-A Mixtral of {total:,} parameters ({active:,} active per token), trained with Cierzo.
+{what}, trained with Cierzo.
 
 | | |
 |---|---|
@@ -37,12 +41,20 @@ A Mixtral of {total:,} parameters ({active:,} active per token), trained with Ci
 `held_out.jsonl` holds the documents of the held-out loss.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+{usage}
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 """
+USAGE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")"""
+ADAPTER_USAGE = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{folder}")"""
 
 
 def export(
@@ -53,7 +65,7 @@ def export(
     config: Config,
     summary: dict[str, Any],
 ) -> None:
-    """Writes weights, config, tokenizer, generation config, model card and `held_out.jsonl`.
+    """Writes weights or adapters, their config, tokenizer, generation config, model card and `held_out.jsonl`.
 
     Every process takes part, and sends the main one what it alone holds, an expert at a time. The folder appears
     whole or not at all.
@@ -69,7 +81,7 @@ def export(
     Raises:
         MachineError: on every process, when it cannot be written.
     """
-    pieces = engine.pieces()
+    pieces = exported_pieces(engine, config)
 
     def write() -> None:
         try:
@@ -94,7 +106,7 @@ def _write(
     summary: dict[str, Any],
 ) -> None:
     with new_folder(target) as folder:
-        write_weights(folder, engine.module.config, pieces, engine.dtype)
+        write_pieces(folder, config, engine.module.config, pieces, engine.dtype)
         GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -106,6 +118,34 @@ def _write(
                 file.write(json.dumps({"text": row["text"], "source": row["source"]}, ensure_ascii=False) + "\n")
         card = _card(target, engine.module.config, config, summary)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def exported_pieces(engine: Engine, config: Config) -> Iterator[Piece]:
+    """Yields what an export consists of: the adapters where there are any, else the model."""
+    return engine.pieces("weights" if adapter_of(config.lora) is None else "trained")
+
+
+def write_pieces(
+    folder: Path, config: Config, model: MixtralConfig, pieces: Iterable[Piece], dtype: torch.dtype
+) -> None:
+    """Writes a model that comes in pieces, or its adapters in PEFT's layout.
+
+    Args:
+        folder: an existing one.
+        config: of the run.
+        model: its architecture.
+        pieces: see `exported_pieces`.
+        dtype: to write.
+    """
+    adapter = adapter_of(config.lora)
+    if adapter is None:
+        write_weights(folder, model, pieces, dtype)
+        return
+    fused = config.lora.format == "fused"
+    with AdapterWriter(folder, model, adapter, dtype, config.model.init_from, fused=fused) as writer:
+        for name, expert, tensor in pieces:
+            assert tensor is not None
+            writer.add_piece(name, expert, tensor)
 
 
 def write_weights(folder: Path, config: MixtralConfig, pieces: Iterable[Piece], dtype: torch.dtype) -> None:
@@ -131,11 +171,17 @@ def write_weights(folder: Path, config: MixtralConfig, pieces: Iterable[Piece], 
 
 
 def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str, Any]) -> str:
-    count = model.count_parameters()
+    count, adapter = model.count_parameters(), adapter_of(config.lora)
+    what = f"A Mixtral of {count.total:,} parameters ({count.active:,} active per token)"
+    if adapter is not None:
+        targets = [*adapter.targets, *(["the experts"] if adapter.experts else [])]
+        what = f"A LoRA adapter of rank {adapter.rank} on {', '.join(targets)} of `{config.model.init_from}`"
     return CARD.format(
+        library="transformers" if adapter is None else "peft",
+        tags="" if adapter is None else ", lora",
         name=target.parent.name,
-        total=count.total,
-        active=count.active,
+        what=what,
+        usage=(USAGE if adapter is None else ADAPTER_USAGE).format(folder=target.name, base=config.model.init_from),
         data=config.data.path,
         tokens=summary["tokens"],
         tokenizer=config.data.tokenizer,
@@ -145,3 +191,7 @@ def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str,
         last=summary["eval_loss"],
         folder=target.name,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

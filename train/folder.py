@@ -24,6 +24,7 @@ PACKAGES = (
     "deepspeed",
     "datasets",
     "hydra-core",
+    "peft",
     "safetensors",
     "wandb",
 )

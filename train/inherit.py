@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, ModelConfig
+from train.config import TARGETS, Config, LoraConfig, ModelConfig, words_of
 from train.errors import CheckpointError, ConfigError
 
 FREE = ("sliding_window", "attention_dropout", "router_aux_loss_coef", "router_jitter_noise")
@@ -39,6 +40,91 @@ def inherit(config: Config, explicit: Collection[str]) -> None:
         setattr(config.model, name, theirs)
     if "data.tokenizer" not in explicit:
         config.data.tokenizer = source
+
+
+def inherit_adapter(lora: LoraConfig, explicit: Collection[str]) -> None:
+    """Sets `lora.*` to what `lora.init_from` says.
+
+    Args:
+        lora: to be completed.
+        explicit: keys that the recipe or the command line gives.
+
+    Raises:
+        ConfigError: for an explicit key that differs from the adapter's.
+        CheckpointError: when the folder holds no adapter that can be trained here.
+    """
+    assert lora.init_from is not None
+    source = lora.init_from = str(Path(lora.init_from).expanduser())
+    theirs = _read_adapter(source)
+    scale = scale_of(theirs)
+    for name in ("rank", "dora", "targets", "experts"):
+        mine = getattr(lora, name)
+        same = (
+            set(words_of(mine)) == set(words_of(theirs.targets)) if name == "targets" else mine == getattr(theirs, name)
+        )
+        if f"lora.{name}" in explicit and not same:
+            raise ConfigError(
+                f"lora.{name}={mine}, but lora.init_from={source} has {getattr(theirs, name)}: leave the key out"
+            )
+    mine = dataclasses.replace(theirs, alpha=lora.alpha, rslora=lora.rslora)
+    if "lora.alpha" in explicit and not math.isclose(scale_of(mine), scale):
+        raise ConfigError(
+            f"lora.alpha={lora.alpha} scales adapters by {scale_of(mine):g}, but lora.init_from={source} has "
+            f"{scale:g}: leave the key out"
+        )
+    for name in ("rank", "alpha", "rslora", "dora", "targets", "experts"):
+        setattr(lora, name, getattr(theirs, name))
+
+
+def scale_of(lora: LoraConfig) -> float:
+    """Gives the factor of what an adapter adds."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
+UNSUPPORTED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias", "fan_in_fan_out")
+
+
+def _read_adapter(source: str) -> LoraConfig:
+    """Reads the `adapter_config.json` of a folder, or of a hub id."""
+    path = Path(source) / "adapter_config.json"
+    if not Path(source).is_dir():
+        from train.data.hub import download
+
+        path = download(source, ["adapter_config.json"], "lora.init_from") / "adapter_config.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        modules = [str(module).rpartition(".")[2] for module in described.get("target_modules") or []]
+        parameters = [".".join(str(name).split(".")[-2:]) for name in described.get("target_parameters") or []]
+        rank, alpha = int(described["r"]), float(described["lora_alpha"])
+        if rank < 1:
+            raise ValueError(f"r={rank}")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"lora.init_from={source}: {path} is no adapter's ({error!r})") from None
+    unsupported = [name for name in UNSUPPORTED if described.get(name)]
+    if described.get("peft_type") != "LORA" or described.get("bias", "none") != "none" or unsupported:
+        raise CheckpointError(
+            f"lora.init_from={source}: {path} describes {described.get('peft_type')} with "
+            f"{unsupported[0] if unsupported else 'bias'} set, expected plain LORA of one rank"
+        )
+    experts = {"w1", "w2", "w3"}, {"experts.gate_up_proj", "experts.down_proj"}
+    targets = [name for name in TARGETS if name in modules or f"{name}.weight" in parameters]
+    unknown = {*modules, *parameters} - {*TARGETS, "gate.weight", *experts[0], *experts[1]}
+    adapts_experts = experts[0] <= set(modules) or experts[1] <= set(parameters)
+    if not adapts_experts:
+        unknown |= {*modules, *parameters} & (experts[0] | experts[1])
+    if unknown:
+        raise CheckpointError(
+            f"lora.init_from={source}: {path} adapts {', '.join(sorted(unknown))}, expected {', '.join(TARGETS)}, and "
+            f"of the experts {sorted(experts[0])} or {sorted(experts[1])}"
+        )
+    return LoraConfig(
+        rank=rank,
+        alpha=alpha,
+        rslora=bool(described.get("use_rslora")),
+        dora=bool(described.get("use_dora")),
+        targets=",".join(targets),
+        experts=adapts_experts,
+    )
 
 
 def _read(source: str) -> dict[str, Any]:

@@ -101,9 +101,7 @@ def initial_weights(config: MixtralConfig, seed: int, experts: range) -> Iterato
         shapes = {name: parameter.shape for name, parameter in MixtralForCausalLM(config).named_parameters()}
 
     def draw(name: str, shape: torch.Size) -> Tensor:
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        return torch.empty(shape).normal_(std=config.initializer_range, generator=generator)
+        return torch.empty(shape).normal_(std=config.initializer_range, generator=generator_of(seed, name))
 
     for name, shape in shapes.items():
         if len(shape) == 3:
@@ -112,3 +110,9 @@ def initial_weights(config: MixtralConfig, seed: int, experts: range) -> Iterato
             yield name, draw(name, shape)
         else:
             yield name, torch.ones(shape)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Gives what is drawn by name in a run a generator of its own."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mixtral.weights.names import trained_parameters
 from train.config import OptimConfig, ScheduleConfig
 
 NORM_BLOCK = 4096
@@ -18,14 +19,12 @@ def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> to
         parameters: what is updated, by name.
         config: of the optimizer.
     """
-    decayed: dict[bool, list[Tensor]] = {True: [], False: []}
+    decayed: dict[bool, list[Tensor]] = {True: [], False: []}  # DeepSpeed takes no empty group
     for parameter in parameters.values():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed's, of a parameter in parts
         decayed[len(shape) >= 2].append(parameter)
-    groups = [
-        {"params": decayed[True], "weight_decay": config.weight_decay},
-        {"params": decayed[False], "weight_decay": 0.0},
-    ]
+    decay = {True: config.weight_decay, False: 0.0}
+    groups = [{"params": members, "weight_decay": decay[matrices]} for matrices, members in decayed.items() if members]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
@@ -45,7 +44,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class MasterWeights:
-    """fp32 copies of a bf16 model's parameters, which the optimizer updates.
+    """fp32 copies of a bf16 model's trained parameters, which the optimizer updates.
 
     Updates smaller than half a bf16 step would be lost in bf16 weights; here they add up. Gradients are
     accumulated in fp32 as well.
@@ -55,11 +54,12 @@ class MasterWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        trained = trained_parameters(model)
         self.by_name = {
             name: parameter.detach().to(torch.float32, copy=True).requires_grad_()
-            for name, parameter in model.named_parameters()
+            for name, parameter in trained.items()
         }
-        self._pairs = [(parameter, self.by_name[name]) for name, parameter in model.named_parameters()]
+        self._pairs = [(parameter, self.by_name[name]) for name, parameter in trained.items()]
 
     def collect_gradients(self) -> None:
         """Moves the model's gradients onto the copies."""

@@ -10,7 +10,8 @@ from train.errors import StopSignal, UserError, report
 from train.finish import finish
 from train.folder import RunFolder
 from train.loop import train
-from train.model import empty_model, find_weights, model_config, starting_weights
+from train.lora import find_adapter, trainable_model, with_adapters
+from train.model import find_weights, model_config, starting_weights
 from train.observe.observer import Observer
 from train.observe.progress import header
 from train.observe.trackers import open_tracker
@@ -55,8 +56,9 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     data = engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
     max_steps = number_of_steps(config, data, engine.world_size)
 
-    model = empty_model(model_config(config.model, tokenizer))
-    engine.prepare(model, starting_weights(config, model.config))
+    model = trainable_model(config, model_config(config.model, tokenizer))
+    engine.first_on_each_host(lambda: find_adapter(config.lora, model.config))
+    engine.prepare(model, with_adapters(starting_weights(config, model.config), config, model.config))
 
     if folder:
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))

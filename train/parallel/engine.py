@@ -11,7 +11,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from mixtral import MixtralConfig, MixtralForCausalLM
-from mixtral.weights.names import is_stacked
+from mixtral.weights.names import is_stacked, unwrapped
 from train.config import Config
 from train.data.packing import Batch
 from train.errors import MachineError, UserError
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-Kind = Literal["weights", "masters", "gradients"]
+Kind = Literal["weights", "trained", "masters", "gradients"]
 Weights = Callable[[range], Iterator[tuple[str, Tensor]]]
 
 
@@ -120,13 +120,13 @@ class Engine(ABC):
     def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         """Yields this process's weights with its experts, each whole while it is looked at.
 
-        Or their masters, which the optimizer updates, or their gradients.
+        Or those alone that are trained, or the masters of these, which the optimizer updates, or their gradients.
 
         Every process must go through it; gradients are there between the last `backward` and `step`.
         """
 
     def pieces(self, kind: Kind = "weights") -> Iterator[Piece]:
-        """Yields the whole model, or its gradient, to the main process; every process must go through it."""
+        """Yields the whole model, or what `local` says, to the main process; every process must go through it."""
         return self.whole(self.local(kind))
 
     def whole(self, local: Iterable[tuple[str, Tensor]]) -> Iterator[Piece]:
@@ -234,7 +234,7 @@ def fill(
 
     Args:
         model: to be filled in place; tied parameters stay tied.
-        values: name and value of every parameter, in any order.
+        values: name, as of a model that nothing wraps, and value of every parameter, in any order.
         dtype: of the parameters.
 
     Raises:
@@ -244,7 +244,7 @@ def fill(
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(parameter, []).append((module, name))
-    missing = dict(model.named_parameters())
+    missing = {unwrapped(name): parameter for name, parameter in model.named_parameters()}
     for name, value in values:
         if name not in missing or missing[name].shape != value.shape:
             raise RuntimeError(f"{name} {tuple(value.shape)} is no parameter of the model")

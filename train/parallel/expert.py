@@ -21,11 +21,10 @@ from train.parallel.capacity import CapacityDispatcher
 from train.parallel.exchange import Traffic, exchange_counts, exchange_rows
 
 
-class ExpertParallelBlock(deepspeed_moe.AutoEPMoELayer):
-    """`SparseMoeBlock` with E / P of its experts on this rank, P being the ranks of its group.
+class ExpertParallelBlock(nn.Module):
+    """`SparseMoeBlock` with E / P of its experts on this rank, P being the ranks of its group, `ep_group`.
 
-    Parameters and their names are the block's, but that the experts' first dimension is E / P. DeepSpeed binds
-    `ep_group` when its engine is built.
+    Parameters and their names are the block's, but that the experts' first dimension is E / P.
 
     Args:
         config: of the model.
@@ -36,8 +35,10 @@ class ExpertParallelBlock(deepspeed_moe.AutoEPMoELayer):
         traffic: of each training pass since it was last cleared.
     """
 
+    ep_group: Any
+
     def __init__(self, config: MixtralConfig, parallel: ParallelConfig, rank: int) -> None:
-        nn.Module.__init__(self)  # the parent's would take a whole layer apart
+        nn.Module.__init__(self)  # that of DeepSpeed's layer would take a whole layer apart
         self.jitter = config.router_jitter_noise
         self.gate = Router(config)
         mine = copy.copy(config)
@@ -82,6 +83,10 @@ class ExpertParallelBlock(deepspeed_moe.AutoEPMoELayer):
         )
 
 
+class TrainedExpertParallelBlock(ExpertParallelBlock, deepspeed_moe.AutoEPMoELayer):
+    """The same as a DeepSpeed-MoE layer; DeepSpeed's engine refuses one whose experts are all frozen."""
+
+
 def mark_as_split(parameter: Any, ranks: int) -> None:
     """Tells DeepSpeed that a parameter belongs to this rank's experts, replicated only where they are.
 
@@ -111,8 +116,21 @@ def split_experts(model: nn.Module, config: MixtralConfig, parallel: ParallelCon
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SparseMoeBlock):
+                trained = any(parameter.requires_grad for parameter in child.experts.parameters())
                 with torch.device(child.gate.weight.device):
-                    setattr(parent, name, ExpertParallelBlock(config, parallel, place))
+                    kind = TrainedExpertParallelBlock if trained else ExpertParallelBlock
+                    block = kind(config, parallel, place)
+                block.gate, block.experts = child.gate, _first_part(child.experts, parallel.expert)
+                block.ep_group = expert_groups(parallel.expert)[0]
+                setattr(parent, name, block)
+
+
+def _first_part(experts: Experts, ranks: int) -> Experts:
+    """Cuts what is stacked over the experts, adapters too, down to as many as a rank has."""
+    for name, parameter in list(experts.named_parameters()):
+        part = parameter.detach()[: len(parameter) // ranks]
+        setattr(experts, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+    return experts
 
 
 def expert_groups(ranks: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

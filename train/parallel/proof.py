@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixtral import MixtralForCausalLM
-from mixtral.weights.names import is_stacked
+from mixtral.weights.names import is_stacked, trained_parameters
 from train.data.packing import Batch
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
 from train.parallel.engine import Engine, Piece, Weights, fill
@@ -36,13 +36,10 @@ class Proof:
         self._expert_group: Any = None  # the ranks that share a layer's experts out
         self._same_experts: Any = None  # those that hold the same ones
         if engine.expert_ranks > 1:
-            from train.parallel.expert import ExpertParallelBlock, expert_groups, split_experts
+            from train.parallel.expert import expert_groups, split_experts
 
             split_experts(model, model.config, engine.parallel, engine.rank)
             self._expert_group, self._same_experts = expert_groups(engine.expert_ranks)
-            for block in model.modules():
-                if isinstance(block, ExpertParallelBlock):
-                    block.ep_group = self._expert_group
         for _ in fill(model, weights(engine.experts(model.config.num_local_experts)), torch.float64):
             pass
         self._model = model.to(engine.device).train()
@@ -57,7 +54,7 @@ class Proof:
             parts.loss(coefficients).backward()
             done.append(parts.detached())
         if self._engine.world_size > 1:
-            for name, parameter in self._model.named_parameters():
+            for name, parameter in trained_parameters(self._model).items():
                 assert parameter.grad is not None, name
                 split = is_stacked(name) and self._engine.expert_ranks > 1
                 dist.all_reduce(parameter.grad, group=self._same_experts if split else None)
@@ -66,7 +63,7 @@ class Proof:
     def norm(self) -> float:
         """Gives the norm of the whole gradient: what is split is added up once, over the ranks of a group."""
         squares = {True: 0.0, False: 0.0}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in trained_parameters(self._model).items():
             assert parameter.grad is not None, name
             squares[is_stacked(name)] += parameter.grad.square().sum().item()
         experts = torch.tensor(squares[True], dtype=torch.float64, device=self._engine.device)
@@ -76,4 +73,5 @@ class Proof:
 
     def gradients(self) -> Iterator[Piece]:
         """Yields the whole gradient to the main process; every process must go through it."""
-        return self._engine.whole((name, parameter.grad) for name, parameter in self._model.named_parameters())
+        trained = trained_parameters(self._model)
+        return self._engine.whole((name, tensor.grad) for name, tensor in trained.items() if tensor.grad is not None)

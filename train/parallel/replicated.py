@@ -9,6 +9,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 from torch import Tensor
 
 from mixtral import MixtralForCausalLM
+from mixtral.weights.names import trained_parameters, unwrapped
 from train.config import Config
 from train.errors import ConfigError, NumericsError
 from train.optim import MasterWeights, build_optimizer, global_norm
@@ -41,7 +42,7 @@ class ReplicatedEngine(Engine):
             pass
         model.to(self.device)
         self._masters = MasterWeights(model) if self.dtype is torch.bfloat16 else None
-        parameters = dict(model.named_parameters()) if self._masters is None else self._masters.by_name
+        parameters = trained_parameters(model) if self._masters is None else self._masters.by_name
         self._parameters = list(parameters.values())
         self.optimizer = build_optimizer(parameters, self._config)
         self.module = model
@@ -78,8 +79,13 @@ class ReplicatedEngine(Engine):
         return norm.item()
 
     def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
-        masters = None if self._masters is None or kind == "weights" else self._masters.by_name.items()
-        for name, parameter in masters or self.module.named_parameters():
+        if kind == "weights":
+            parameters = {unwrapped(name): parameter for name, parameter in self.module.named_parameters()}
+        elif kind == "trained" or self._masters is None:
+            parameters = trained_parameters(self.module)
+        else:
+            parameters = self._masters.by_name
+        for name, parameter in parameters.items():
             if kind != "gradients":
                 yield name, parameter.detach()
             else:

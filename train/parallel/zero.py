@@ -12,7 +12,7 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from mixtral import MixtralForCausalLM
-from mixtral.weights.names import is_stacked
+from mixtral.weights.names import is_stacked, trained_parameters, unwrapped
 from train.config import Config
 from train.errors import NumericsError
 from train.optim import build_optimizer
@@ -66,11 +66,11 @@ class ZeroEngine(Engine):
         if self.expert_ranks > 1:
             split_experts(model, model.config, self.parallel, self.rank)
         self._fill(model, weights)
-        parameters = dict(model.named_parameters())
-        optimizer = build_optimizer(parameters, self._config.optim)
+        optimizer = build_optimizer(trained_parameters(model), self._config.optim)
         if self.expert_ranks > 1:
             named = [{"name": f"group-{index}"} | group for index, group in enumerate(optimizer.param_groups)]
-            optimizer.param_groups = split_params_into_different_moe_groups_for_optimizer(named)
+            split = split_params_into_different_moe_groups_for_optimizer(named)
+            optimizer.param_groups = [group for group in split if group["params"]]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.module = self.model.module
 
@@ -113,7 +113,10 @@ class ZeroEngine(Engine):
 
     def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         door = {"gradients": safe_get_full_grad, "masters": safe_get_full_fp32_param}.get(kind)
-        for name, parameter in self.module.named_parameters():
+        for wrapped, parameter in self.module.named_parameters():
+            name = unwrapped(wrapped)
+            if kind != "weights" and not parameter.requires_grad:
+                continue
             if door is not None:
                 values = door(parameter)
                 assert values is not None, f"{name} has no {kind}"

@@ -74,6 +74,25 @@ def forward(weights: Weights, config: MixtralConfig, ids_S: Tensor) -> tuple[Ten
     return _norm(x_SH, weights["model.norm.weight"], config) @ head_VH.T, router_logits, choices
 
 
+def adapted(weights: Weights, scale: float) -> Weights:
+    """Adds low-rank adapters to the weights they belong to, as they are defined; those without stay as they are.
+
+    Source: arXiv 2106.09685, and arXiv 2402.09353, equation 5, for magnitudes, whose norm is held constant.
+    """
+    found = {}
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        stem, dot = (module.removesuffix("_proj"), "_") if ".experts." in name else (module, ".")
+        a, b = (weights.get(f"{stem}{dot}lora_{side}{'' if dot == '_' else '.weight'}") for side in "AB")
+        if a is not None and b is not None:
+            weight = weight + scale * b @ a
+        magnitude = weights.get(f"{module}.lora_magnitude_vector.weight")
+        if magnitude is not None:
+            weight = (magnitude / weight.detach().norm(dim=1)).unsqueeze(-1) * weight
+        found[name] = weight
+    return found
+
+
 LAYER = (
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
     *("input_layernorm.weight", "post_attention_layernorm.weight"),

@@ -11,16 +11,18 @@ from torch import Tensor
 from mixtral import MixtralConfig, MixtralForCausalLM
 from mixtral.losses import load_balancing_loss
 from mixtral.ops.cross_entropy import IGNORE_INDEX
+from mixtral.weights.names import trained_parameters
 from train.config import Config
 from train.data.packing import Batch, Row, make_row, stack
+from train.lora import adapter_of, trainable_model, with_adapters
 from train.model import initial_weights
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict, uniform_load
 from train.optim import MasterWeights
 from train.parallel.engine import place
 from train.verify.compare import Values
-from train.verify.reference import objective
+from train.verify.reference import adapted, objective
 
-STEPS, LR, ROUTER_SKEW = 2, 8.0, 10.0
+STEPS, ROUTER_SKEW, B_BOUND = 2, 10.0, 0.05
 
 
 @dataclass
@@ -33,6 +35,11 @@ class Step:
     gradients: Values
     masters: Values
     gap: float = math.inf
+
+
+def rate(config: Config) -> float:
+    """Gives the learning rate: updates that rounding cannot hide, and after which adapters are still small."""
+    return 1.0 if config.lora.rank else 8.0
 
 
 def make_batches(config: Config, processes: int, seed: int) -> list[list[list[Batch]]]:
@@ -68,10 +75,14 @@ def make_batches(config: Config, processes: int, seed: int) -> list[list[list[Ba
     ]
 
 
-def skewed_weights(config: MixtralConfig, seed: int, experts: range) -> Iterator[tuple[str, Tensor]]:
-    """Draws weights whose routers are decided and unequal, so that a wrong scale or load shows."""
-    for name, tensor in initial_weights(config, seed, experts):
-        yield name, tensor * ROUTER_SKEW if ".gate." in name else tensor
+def skewed_weights(config: Config, model: MixtralConfig, seed: int, experts: range) -> Iterator[tuple[str, Tensor]]:
+    """Draws weights whose routers are decided and unequal, so that a wrong scale or load shows; no B is zero."""
+
+    def base(experts: range) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in initial_weights(model, seed, experts):
+            yield name, tensor * ROUTER_SKEW if ".gate." in name else tensor
+
+    return with_adapters(base, config, model, b_bound=B_BOUND)(experts)
 
 
 def uneven_load(config: MixtralConfig, device: torch.device) -> Tensor:
@@ -83,15 +94,16 @@ def uneven_load(config: MixtralConfig, device: torch.device) -> Tensor:
 def expected_steps(
     config: Config, model: MixtralConfig, batches: list[list[list[Batch]]], dtype: torch.dtype, seed: int
 ) -> tuple[Values, list[Step]]:
-    """Takes the steps in fp64, by `train.reference`; returns the first masters too."""
-    masters = {
-        name: tensor.to(dtype).double() for name, tensor in skewed_weights(model, seed, range(model.num_local_experts))
-    }
-    start, steps = masters, []
-    load_LE = uneven_load(model, torch.device("cpu"))
+    """Takes the steps in fp64, by `train.reference`; returns what they start from too, frozen weights included."""
+    experts = range(model.num_local_experts)
+    start = {name: tensor.to(dtype).double() for name, tensor in skewed_weights(config, model, seed, experts)}
+    trained, steps = trained_parameters(trainable_model(config, model)), []
+    masters = {name: tensor for name, tensor in start.items() if name in trained}
+    adapter, load_LE = adapter_of(config.lora), uneven_load(model, torch.device("cpu"))
     for micro_steps in batches:
         weights = {name: tensor.to(dtype).double().requires_grad_() for name, tensor in masters.items()}
-        figures = objective(weights, model, micro_steps, Coefficients.of(config), load_LE)
+        whole = adapted(start | weights, adapter.scale) if adapter else start | weights
+        figures = objective(whole, model, micro_steps, Coefficients.of(config), load_LE)
         gradients = dict(zip(weights, torch.autograd.grad(figures.objective, list(weights.values())), strict=True))
         masters, norm = descend(masters, gradients, config)
         load_LE = figures.load_LE
@@ -105,7 +117,8 @@ def descend(masters: Values, gradients: Values, config: Config) -> tuple[Values,
     scale = clip_coefficient(norm, config)
     decay = {name: config.optim.weight_decay if master.dim() > 1 else 0.0 for name, master in masters.items()}
     return {
-        name: master - LR * (scale * gradients[name] + decay[name] * master) for name, master in masters.items()
+        name: master - rate(config) * (scale * gradients[name] + decay[name] * master)
+        for name, master in masters.items()
     }, norm
 
 

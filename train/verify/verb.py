@@ -1,6 +1,7 @@
 """`cierzo verify`: does this layout train what one process would? Two SGD steps, compared tensor by tensor."""
 
 import copy
+import itertools
 import math
 import shutil
 from collections.abc import Iterator
@@ -13,32 +14,35 @@ from torch import Tensor
 
 from mixtral import MixtralConfig
 from mixtral.losses import load_balancing_loss
-from mixtral.weights.names import is_stacked
+from mixtral.weights.names import is_stacked, trained_parameters
 from mixtral.weights.write import new_folder
 from train.config import Config
 from train.data.packing import Batch
 from train.errors import NumericsError
-from train.export import write_weights
+from train.export import exported_pieces, write_pieces
 from train.folder import RunFolder
 from train.loop import accumulate, step_size
-from train.model import empty_model, model_config
+from train.lora import trainable_model
+from train.model import model_config
 from train.objective import Coefficients, Parts
 from train.parallel.engine import Engine, Piece, fill
 from train.parallel.proof import Proof
 from train.verify.compare import Bounds, Comparison, Row, Values, table
 from train.verify.trajectories import (
-    LR,
     STEPS,
     Step,
     clip_coefficient,
     expected_steps,
     make_batches,
     plain_steps,
+    rate,
     skewed_weights,
     uneven_load,
 )
 
 BOUND_FP64, BOUND_FP32, BF16_STEP = 1e-10, 1e-5, 2**-8
+BOUND_FROZEN = 1e-12  # a single bit is more
+ADAPTER = "adapter_model.safetensors"
 LEAST_GAP = 1e-4  # between routers' logits: what lies closer, rounding chooses between
 ATTEMPTS = 20
 
@@ -47,7 +51,8 @@ def shrink(config: Config) -> None:
     """Turns a recipe into its proof: SGD, clipping and decay at work, nothing random, small unless `verify.full`."""
     model = config.model
     model.init_from = None  # weights are drawn: routers that are decided and unequal
-    model.attention_dropout = model.router_jitter_noise = 0.0
+    model.attention_dropout = model.router_jitter_noise = config.lora.dropout = 0.0
+    config.lora.init_from, config.lora.format = None, "portable"
     config.parallel.capacity_factor = None  # what is dropped, one process would not have dropped
     config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.01, 0.5
     if config.verify.full:
@@ -85,7 +90,7 @@ class Verification:
         self.comparison = Comparison()
 
     def _weights(self, experts: range) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in skewed_weights(self._model, self._seed, experts):
+        for name, tensor in skewed_weights(self._config, self._model, self._seed, experts):
             yield name, tensor.to(self._engine.dtype)
 
     def _find_seed(self) -> int:
@@ -106,7 +111,7 @@ class Verification:
         """Measures how far one process in the recipe's precision is off the reference; in fp32 the bound is fixed."""
         if self._engine.dtype is not torch.bfloat16:
             return Bounds(BOUND_FP32)
-        model = empty_model(self._model)
+        model = trainable_model(self._config, self._model)
         for _ in fill(model, self._weights(range(self._model.num_local_experts)), torch.bfloat16):
             pass
         steps = plain_steps(self._config, model, batches, self._engine.device)
@@ -128,6 +133,7 @@ class Verification:
         """Says what the comparison is about: the model's sizes, and the attention behind each half of the rows."""
         return {
             "model": "full" if self._config.verify.full else "shrunk",
+            "trained": _trained(self._config),
             "attention": str(self._model._attn_implementation),
             "attention_in_fp64": str(without_flash(self._model)._attn_implementation),
         }
@@ -137,7 +143,7 @@ class Verification:
 
         The load of the step before is one that is not even: from a uniform one, its scope would have no gradient.
         """
-        proof = Proof(self._engine, empty_model(without_flash(self._model)), self._weights)
+        proof = Proof(self._engine, trainable_model(self._config, without_flash(self._model)), self._weights)
         size = step_size(self._engine, self._mine[0])
         total = proof.step(self._mine[0], size, self._coefficients, uneven_load(self._model, self._engine.device))
         norm, pieces, bounds = proof.norm(), proof.gradients(), Bounds(BOUND_FP64)
@@ -152,7 +158,7 @@ class Verification:
     def train(self) -> None:
         """Compares the engine's steps: losses, gradients, norm and masters."""
         engine, bounds, compare = self._engine, self._bounds, self.comparison
-        engine.prepare(empty_model(self._model), self._weights)
+        engine.prepare(trainable_model(self._config, self._model), self._weights)
         load_LE = uneven_load(self._model, engine.device).float()
         for number, (micro_batches, wanted) in enumerate(zip(self._mine, self._expected, strict=True), start=1):
             parts, size = accumulate(engine, micro_batches, self._coefficients, load_LE)
@@ -163,20 +169,22 @@ class Verification:
             router_loss = _router_loss(total, size.tokens)
             compare.scalar(f"{step}/router_loss", "router loss", router_loss, wanted.router_loss, bounds)
             compare.pieces(f"{step} gradient", "gradient", engine.pieces("gradients"), wanted.gradients, bounds)
-            compare.scalar(f"{step}/grad_norm", "gradient norm", engine.step(LR), wanted.grad_norm, bounds)
+            compare.scalar(
+                f"{step}/grad_norm", "gradient norm", engine.step(rate(self._config)), wanted.grad_norm, bounds
+            )
             masters = engine.pieces("masters")
             compare.pieces(f"{step} update", "update", masters, wanted.masters, bounds, start=self._start)
 
     def export(self, folder: Path | None) -> None:
         """Compares the files that an export writes, by the hub's names."""
-        pieces = self._engine.pieces()
+        pieces = exported_pieces(self._engine, self._config)
 
         def write() -> None:
             assert folder is not None
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier proof
             try:
                 with new_folder(folder) as partial:
-                    write_weights(partial, self._model, pieces, self._engine.dtype)
+                    write_pieces(partial, self._config, self._model, pieces, self._engine.dtype)
             finally:
                 for _ in pieces:
                     pass
@@ -186,10 +194,29 @@ class Verification:
                 pass
         self._engine.on_main(write)
         if folder is not None:
-            files = load_file(folder / "model.safetensors")
             least = BOUND_FP32 if self._engine.dtype is torch.float32 else BF16_STEP
-            wanted, bounds = rounded(self._expected[-1].masters, self._engine.dtype), Bounds(least, self._bounds.plain)
-            self.comparison.pieces("export", "export", _by_hub_name(files, self._model), wanted, bounds)
+            masters, bounds = self._expected[-1].masters, Bounds(least, self._bounds.plain)
+            if self._config.lora.rank:
+                exported, wanted = _adapter_by_hub_name(load_file(folder / ADAPTER), self._model), masters
+            else:
+                exported = _by_hub_name(load_file(folder / "model.safetensors"), self._model)
+                wanted = self._start | masters
+            self.comparison.pieces("export", "export", exported, rounded(wanted, self._engine.dtype), bounds)
+
+    def frozen(self) -> None:
+        """Compares what is not trained with what it was; the steps must have left its every bit."""
+        trained = trained_parameters(trainable_model(self._config, self._model))
+        pieces = (piece for piece in self._engine.pieces() if piece.name not in trained)
+        start = {name: tensor for name, tensor in self._start.items() if name not in trained}
+        self.comparison.pieces("frozen", "frozen", pieces, start, Bounds(BOUND_FROZEN))
+
+
+def _trained(config: Config) -> str:
+    lora = config.lora
+    if lora.rank == 0:
+        return config.train.only
+    experts = " and the experts" if lora.experts else ""
+    return f"adapters of rank {lora.rank} on {lora.targets or 'no layer'}{experts}{', DoRA' if lora.dora else ''}"
 
 
 def _alike(row: Row) -> str:
@@ -238,6 +265,27 @@ def _by_hub_name(files: Values, model: MixtralConfig) -> Iterator[Piece]:
             yield Piece(f"{in_memory}down_proj", expert, down)
 
 
+def _adapter_by_hub_name(files: Values, model: MixtralConfig) -> Iterator[Piece]:
+    """Reads an adapter by the names that PEFT gives it, a pair per matrix."""
+    files = {name.removeprefix("base_model.model."): tensor for name, tensor in files.items()}
+    for name, tensor in files.items():
+        if ".experts." not in name:
+            magnitude = ".weight" if name.endswith("lora_magnitude_vector") else ""
+            yield Piece(name.replace("block_sparse_moe", "mlp") + magnitude, None, tensor)
+    for layer, expert in itertools.product(range(model.num_hidden_layers), range(model.num_local_experts)):
+        on_disk = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
+        if f"{on_disk}w1.lora_A.weight" not in files:
+            continue
+        (gate_a, gate_b), (down_a, down_b), (up_a, up_b) = (
+            [files[f"{on_disk}w{number}.lora_{side}.weight"] for side in "AB"] for number in (1, 2, 3)
+        )
+        in_memory = f"model.layers.{layer}.mlp.experts."
+        yield Piece(f"{in_memory}gate_up_lora_A", expert, torch.where(gate_a == up_a, gate_a, math.nan))
+        yield Piece(f"{in_memory}gate_up_lora_B", expert, torch.cat([gate_b, up_b]))
+        yield Piece(f"{in_memory}down_lora_A", expert, down_a)
+        yield Piece(f"{in_memory}down_lora_B", expert, down_b)
+
+
 def verify(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Compares a layout with one process, prints the table and writes `certificate.json`.
 
@@ -248,6 +296,8 @@ def verify(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     verification.prove()
     verification.train()
     verification.export(folder.path / "export" if folder else None)
+    if config.lora.rank or config.train.only != "all":
+        verification.frozen()
     rows = verification.comparison.rows
 
     def conclude() -> None:
