@@ -1,9 +1,9 @@
 """One LoRA step, rank 16 on attention and experts, against PEFT's `target_parameters` on transformers' Mixtral.
 
-Both adapt the same layers of a model of the same sizes in bf16, and take the same AdamW step on the adapters. Every
+Both adapt the same layers of a model of the same sizes, and take the same AdamW step on the adapters. Every
 measurement is a process of its own, and the two take turns; memory is that of the first step, above the weights.
 
-usage: python -m bench.lora [--rounds 3] [--repeats 3] [--experts eager] [--json FILE]
+usage: python -m bench.lora [--rounds 3] [--repeats 3] [--experts eager] [--dtype bfloat16] [--json FILE]
 """
 
 import argparse
@@ -34,7 +34,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Step = Callable[[Tensor], Tensor]
 
 
-def ours(_: str) -> tuple[nn.Module, Step]:
+def ours(dtype: torch.dtype, _: str) -> tuple[nn.Module, Step]:
     """Builds our model with adapters, and what computes its loss."""
     from mixtral import MixtralConfig
     from mixtral.weights.adapters import Adapter
@@ -51,20 +51,20 @@ def ours(_: str) -> tuple[nn.Module, Step]:
         yield from initial_weights(config, 0, experts)
         yield from initial_adapters(config, adapter, 0, experts)
 
-    for _ in fill(model, values(), torch.bfloat16):
+    for _ in fill(model, values(), dtype):
         pass
     return model, lambda ids: model(ids, labels=ids, skip_logits=True, use_cache=False).loss
 
 
-def theirs(experts: str) -> tuple[nn.Module, Step]:
+def theirs(dtype: torch.dtype, experts: str) -> tuple[nn.Module, Step]:
     """Builds transformers' model with PEFT's adapters, and what computes its loss."""
     import peft
     import transformers
 
-    config = transformers.MixtralConfig(**SIZES, dtype=torch.bfloat16)
+    config = transformers.MixtralConfig(**SIZES, dtype=dtype)
     if experts != "default":
         config._experts_implementation = experts
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     described = peft.LoraConfig(
         r=RANK,
         lora_alpha=int(SCALE * RANK),
@@ -78,10 +78,10 @@ def theirs(experts: str) -> tuple[nn.Module, Step]:
 SIDES = {"ours": ours, "peft": theirs}
 
 
-def measure(side: str, repeats: int, experts: str) -> dict[str, float]:
+def measure(side: str, dtype: torch.dtype, repeats: int, experts: str) -> dict[str, float]:
     """Takes steps in this fresh process: median seconds of a step, and peak bytes of the first above the weights."""
     torch.manual_seed(0)
-    model, loss_of = SIDES[side](experts)
+    model, loss_of = SIDES[side](dtype, experts)
     model.to(DEVICE).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -108,7 +108,7 @@ def compare(options: argparse.Namespace) -> dict[str, float]:
     for turn in range(options.rounds):
         for side in sorted(SIDES, reverse=bool(turn % 2)):
             command = [sys.executable, "-m", "bench.lora", "--measure", side]
-            command += ["--repeats", str(options.repeats), "--experts", options.experts]
+            command += ["--repeats", str(options.repeats), "--experts", options.experts, "--dtype", options.dtype]
             found[side].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
     assert found["ours"][0]["trained"] == found["peft"][0]["trained"], "the two do not train the same"
     figures = {
@@ -128,17 +128,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes per side")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps per process, after the first")
     parser.add_argument("--experts", default="default", help="transformers' experts: default, eager, grouped_mm")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="file to write the figures into")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.repeats, options.experts)))
+        print(json.dumps(measure(options.measure, getattr(torch, options.dtype), options.repeats, options.experts)))
         return
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     sizes = "H 512, I 1792, 4 layers, 8 experts, vocabulary 32000"
-    setting = (
-        f"{sizes}, bf16, {ROWS} x {LENGTH} tokens, rank {RANK}, transformers' experts: {options.experts}, {machine}"
-    )
+    setting = f"{sizes}, {options.dtype}, {ROWS} x {LENGTH} tokens, rank {RANK}, experts of transformers: "
+    setting += f"{options.experts}, {machine}"
     print(f"{setting}, medians of {options.rounds} x {options.repeats}")
     row = compare(options)
     for side in SIDES:
