@@ -23,7 +23,7 @@ def scale_gradients(chosen: str, factor: float) -> None:
 
     def fill(original: Any, *arguments: Any) -> Any:
         for name, parameter in original(*arguments):
-            if chosen in name:
+            if chosen in name and parameter.requires_grad:
                 parameter.register_hook(lambda gradient: gradient * factor)
             yield name, parameter
 

@@ -17,7 +17,6 @@ LAYOUTS = {
     "adapters everywhere, EP 2, ZeRO-3": (2, [*EVERYWHERE, *EP2, "parallel.zero=3"]),
     "adapters everywhere, EP 4, ZeRO-2": (4, [*EVERYWHERE, "parallel.expert=4", "parallel.zero=2"]),
     "experts alone, EP 2, ZeRO-2": (2, ["lora.rank=4", "lora.targets=", *EP2, "parallel.zero=2"]),
-    "adapters in bf16, EP 2, ZeRO-1": (2, ["lora.rank=4", *EP2, "parallel.zero=1", "train.precision=bf16"]),
     "DoRA, frozen experts, EP 2, ZeRO-2": (
         2,
         ["lora.rank=4", "lora.dora=true", "lora.experts=false", *EP2, "parallel.zero=2"],
@@ -41,8 +40,19 @@ def test_a_layout_trains_what_one_process_would_and_leaves_the_rest_bit_for_bit(
     for row in rows:
         if row["kind"].startswith("fp64"):
             assert row["max_rel"] <= row["bound"] == 1e-10
-        elif "train.precision=bf16" not in words and row["kind"].startswith(("gradient", "loss", "export")):
+        elif row["kind"].startswith(("gradient", "loss", "export")):
             assert row["max_rel"] <= row["bound"] == 1e-5
+
+
+def test_a_planted_fault_in_the_adapters_gradients_is_found(tmp_path):
+    words = ["recipe=demo", *EVERYWHERE, *EP2, "parallel.zero=2", f"run.dir={tmp_path}"]
+    fault = "expert_gradients_times_ranks"
+    done = launch([*torchrun(2), "-m", "tests.multiprocess.faulty_verify", fault], *words)
+    assert "exitcode  : 5" in done.stderr, done.stderr[-2000:]
+    rows = read_json(tmp_path / "certificate.json")["rows"]
+    out_of_bounds = {row["kind"] for row in rows if not row["ok"]}
+    assert {"gradient:expert", "gradient norm"} <= out_of_bounds
+    assert "gradient:dense" not in {row["kind"] for row in rows if not row["ok"] and "step 1" in row["name"]}
 
 
 def test_adapters_saved_by_two_processes_are_those_of_one_and_go_on_in_either(tmp_path):

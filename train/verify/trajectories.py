@@ -38,8 +38,8 @@ class Step:
 
 
 def rate(config: Config) -> float:
-    """Gives the learning rate: updates that rounding cannot hide, and after which adapters are still small."""
-    return 1.0 if config.lora.rank else 8.0
+    """Gives the learning rate: updates that rounding cannot hide, nor routers magnify where adapters are small."""
+    return 0.1 if config.lora.rank else 8.0
 
 
 def make_batches(config: Config, processes: int, seed: int) -> list[list[list[Batch]]]:
