@@ -36,13 +36,13 @@ LOADS = {  # what is measured: the process that it is compared with
 }
 
 
-def make(folder: Path) -> None:
-    """Writes random weights, bf16, in shards."""
+def make(folder: Path, sizes: dict[str, int]) -> None:
+    """Writes random weights of a model of these sizes, bf16, in shards."""
     from mixtral import MixtralConfig
     from mixtral.weights import names
     from mixtral.weights.write import HubWriter, Planned
 
-    config = MixtralConfig(**SIZES, dtype="bfloat16")
+    config = MixtralConfig(**sizes, dtype="bfloat16")
     config.save_pretrained(folder)
     tensors = {name: Planned(torch.bfloat16, shape) for name, shape in names.hub_shapes(config).items()}
     with HubWriter(folder, tensors, max_shard_bytes=400_000_000) as writer:
@@ -134,7 +134,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "make":
-        make(Path(sys.argv[2]))
+        make(Path(sys.argv[2]), SIZES)
     elif len(sys.argv) == 3 and sys.argv[1] in {*LOADS, *LOADS.values()}:
         print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
     else:

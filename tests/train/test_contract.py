@@ -24,7 +24,7 @@ from deepspeed.utils import groups
 
 from mixtral import MixtralConfig
 from train.config import ParallelConfig
-from train.parallel.expert import ExpertParallelBlock
+from train.parallel.expert import TrainedExpertParallelBlock
 
 NAMES = {
     "the layer that DeepSpeed's engine takes for its own": (auto_ep_layer, "AutoEPMoELayer"),
@@ -92,7 +92,7 @@ def test_an_optimizer_says_whether_it_skipped_a_step(optimizer):
 
 def test_our_block_is_deepspeeds_layer_with_the_models_parameters():
     config = MixtralConfig(hidden_size=16, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
-    block = ExpertParallelBlock(config, ParallelConfig(expert=4, zero=1), 1)
+    block = TrainedExpertParallelBlock(config, ParallelConfig(expert=4, zero=1), 1)
     assert isinstance(block, auto_ep_layer.AutoEPMoELayer)
     shapes = {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
     assert shapes == {"gate.weight": (8, 16), "experts.gate_up_proj": (2, 16, 16), "experts.down_proj": (2, 16, 8)}

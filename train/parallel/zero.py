@@ -63,9 +63,7 @@ class ZeroEngine(Engine):
             groups._create_expert_and_data_parallel(self.expert_ranks)
 
     def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
-        if self.expert_ranks > 1:
-            split_experts(model, model.config, self.parallel, self.rank)
-        self._fill(model, weights)
+        self.load(model, weights)
         optimizer = build_optimizer(trained_parameters(model), self._config.optim)
         if self.expert_ranks > 1:
             named = [{"name": f"group-{index}"} | group for index, group in enumerate(optimizer.param_groups)]
@@ -74,8 +72,13 @@ class ZeroEngine(Engine):
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.module = self.model.module
 
-    def _fill(self, model: MixtralForCausalLM, weights: Weights) -> None:
-        """Materialises the parameters one by one; at stage 3 each is partitioned before the next one comes."""
+    def load(self, model: MixtralForCausalLM, weights: Weights) -> None:
+        """Splits a model's experts and materialises its parameters one by one.
+
+        At stage 3 each is partitioned before the next one comes.
+        """
+        if self.expert_ranks > 1:
+            split_experts(model, model.config, self.parallel, self.rank)
         convert = None
         parameter: Any  # which DeepSpeed gives methods of its own
         for name, parameter in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
