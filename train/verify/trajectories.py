@@ -15,14 +15,15 @@ from mixtral.weights.names import trained_parameters
 from train.config import Config
 from train.data.packing import Batch, Row, make_row, stack
 from train.lora import adapter_of, trainable_model, with_adapters
-from train.model import initial_weights
+from train.model import generator_of, initial_weights
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict, uniform_load
 from train.optim import MasterWeights
 from train.parallel.engine import place
 from train.verify.compare import Values
 from train.verify.reference import adapted, objective
 
-STEPS, ROUTER_SKEW, B_BOUND = 2, 10.0, 0.05
+STEPS, B_BOUND = 2, 0.05
+MARGIN, SPREAD = 6.0, 0.5  # of router logits: by how much a token's experts lead, and how far the others scatter
 
 
 @dataclass
@@ -39,13 +40,13 @@ class Step:
 
 def rate(config: Config) -> float:
     """Gives the learning rate: updates that rounding cannot hide, nor routers magnify where adapters are small."""
-    return 0.1 if config.lora.rank else 8.0
+    return 1.0 if config.lora.rank else 8.0
 
 
 def make_batches(config: Config, processes: int, seed: int) -> list[list[list[Batch]]]:
     """Draws the batches of each step as `[step][micro-step][process]`: packed documents of unequal length.
 
-    The last row of a step is padding alone, and some labels are not trained.
+    The last row of a step is padding alone, in the last step a whole batch; some labels are not trained.
     """
     draw = np.random.default_rng(seed)
     train, length = config.train, config.data.sequence_length
@@ -60,27 +61,45 @@ def make_batches(config: Config, processes: int, seed: int) -> list[list[list[Ba
             left -= size
         return make_row(pieces, length)
 
-    def batch(*, last: bool) -> Batch:
-        return stack([row(empty=last and index > 0) for index in range(train.micro_batch_size)])
+    def batch(*, last: bool, alone: bool) -> Batch:
+        return stack([row(empty=last and (index > 0 or alone)) for index in range(train.micro_batch_size)])
 
     return [
         [
             [
-                batch(last=micro == train.gradient_accumulation_steps - 1 and process == processes - 1)
+                batch(
+                    last=micro == train.gradient_accumulation_steps - 1 and process == processes - 1,
+                    alone=step == STEPS - 1 and processes > 1,
+                )
                 for process in range(processes)
             ]
             for micro in range(train.gradient_accumulation_steps)
         ]
-        for _ in range(STEPS)
+        for step in range(STEPS)
     ]
 
 
-def skewed_weights(config: Config, model: MixtralConfig, seed: int, experts: range) -> Iterator[tuple[str, Tensor]]:
-    """Draws weights whose routers are decided and unequal, so that a wrong scale or load shows; no B is zero."""
+def decided_weights(config: Config, model: MixtralConfig, seed: int, experts: range) -> Iterator[tuple[str, Tensor]]:
+    """Draws weights whose routers are decided and unequal; no adapter's B is zero.
+
+    Every token id has experts of its own, some chosen more often than others: a feature of its embedding for each, that
+    outlasts the layers and that the routers look for. So rounding sends no token elsewhere, in bf16 neither, and a
+    wrong scale, load or destination shows.
+    """
+    deviation, hidden, chosen = model.initializer_range, model.hidden_size, model.num_experts_per_tok
+    feature = 40 * deviation**2 * hidden  # attention adds about deviation^2 x hidden to an element
+    normed = feature / math.sqrt(chosen * feature**2 / hidden + deviation**2)
+    popularity_E = torch.arange(1.0, model.num_local_experts + 1)
+    experts_VK = popularity_E.expand(model.vocab_size, -1).multinomial(chosen, generator=generator_of(seed, "experts"))
 
     def base(experts: range) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in initial_weights(model, seed, experts):
-            yield name, tensor * ROUTER_SKEW if ".gate." in name else tensor
+            if name == "model.embed_tokens.weight":
+                tensor = tensor.scatter_add(1, experts_VK, torch.full(experts_VK.shape, feature))
+            elif ".gate." in name:
+                tensor = tensor * (SPREAD / deviation / math.sqrt(hidden))
+                tensor.diagonal().add_(MARGIN / normed)
+            yield name, tensor
 
     return with_adapters(base, config, model, b_bound=B_BOUND)(experts)
 
@@ -96,7 +115,7 @@ def expected_steps(
 ) -> tuple[Values, list[Step]]:
     """Takes the steps in fp64, by `train.reference`; returns what they start from too, frozen weights included."""
     experts = range(model.num_local_experts)
-    start = {name: tensor.to(dtype).double() for name, tensor in skewed_weights(config, model, seed, experts)}
+    start = {name: tensor.to(dtype).double() for name, tensor in decided_weights(config, model, seed, experts)}
     trained, steps = trained_parameters(trainable_model(config, model)), []
     masters = {name: tensor for name, tensor in start.items() if name in trained}
     adapter, load_LE = adapter_of(config.lora), uneven_load(model, torch.device("cpu"))
@@ -114,18 +133,13 @@ def expected_steps(
 def descend(masters: Values, gradients: Values, config: Config) -> tuple[Values, float]:
     """Takes a clipped step of gradient descent, matrices decaying; returns the new masters and the gradient's norm."""
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
-    scale = clip_coefficient(norm, config)
+    limit = config.optim.max_grad_norm
+    scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
     decay = {name: config.optim.weight_decay if master.dim() > 1 else 0.0 for name, master in masters.items()}
     return {
         name: master - rate(config) * (scale * gradients[name] + decay[name] * master)
         for name, master in masters.items()
     }, norm
-
-
-def clip_coefficient(norm: float, config: Config) -> float:
-    """By what a gradient of this norm is scaled before a step."""
-    limit = config.optim.max_grad_norm
-    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
 
 def plain_steps(

@@ -31,19 +31,18 @@ from train.verify.compare import Bounds, Comparison, Row, Values, table
 from train.verify.trajectories import (
     STEPS,
     Step,
-    clip_coefficient,
+    decided_weights,
     expected_steps,
     make_batches,
     plain_steps,
     rate,
-    skewed_weights,
     uneven_load,
 )
 
 BOUND_FP64, BOUND_FP32, BF16_STEP = 1e-10, 1e-5, 2**-8
 BOUND_FROZEN = 1e-12  # a single bit is more
 ADAPTER = "adapter_model.safetensors"
-LEAST_GAP = 1e-4  # between routers' logits: what lies closer, rounding chooses between
+LEAST_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # of routers' logits: what lies closer, rounding may decide
 ATTEMPTS = 20
 
 
@@ -53,14 +52,16 @@ def shrink(config: Config) -> None:
     model.init_from = None  # weights are drawn: routers that are decided and unequal
     model.attention_dropout = model.router_jitter_noise = config.lora.dropout = 0.0
     config.lora.init_from, config.lora.format = None, "portable"
-    config.parallel.capacity_factor = None  # what is dropped, one process would not have dropped
-    config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.01, 0.5
+    if config.parallel.dispatch == "deepspeed_capacity":
+        config.parallel.capacity_factor = None  # what is dropped, one process would not have dropped
+    config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.01, 0.1
     if config.verify.full:
         return
     shared = model.num_attention_heads // model.num_key_value_heads
     model.num_attention_heads, model.num_key_value_heads = 4, {1: 4, 2: 2, 4: 1}.get(min(shared, 4), 2)
     config.parallel.persistent_elements = 0  # a small model's weights come and go as a large one's do
-    model.hidden_size, model.intermediate_size, model.head_dim = 64, 48, None
+    model.hidden_size = max(64, -(-model.num_local_experts // 8) * 8)  # a feature for each expert
+    model.intermediate_size, model.head_dim = 48, None
     model.num_hidden_layers, model.vocab_size = min(model.num_hidden_layers, 2), 128
     config.data.sequence_length, config.train.micro_batch_size = 48, min(config.train.micro_batch_size, 2)
     model.sliding_window = None if model.sliding_window is None else 8
@@ -90,20 +91,21 @@ class Verification:
         self.comparison = Comparison()
 
     def _weights(self, experts: range) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in skewed_weights(self._config, self._model, self._seed, experts):
+        for name, tensor in decided_weights(self._config, self._model, self._seed, experts):
             yield name, tensor.to(self._engine.dtype)
 
     def _find_seed(self) -> int:
         """Takes the steps in the reference; with another seed where routing would hang on rounding."""
         first = self._config.run.seed
+        least = LEAST_GAP[self._engine.dtype]
         for seed in range(first, first + ATTEMPTS):
             batches = make_batches(self._config, self._engine.world_size, seed)
             self._start, self._expected = expected_steps(self._config, self._model, batches, self._engine.dtype, seed)
             gap = min(step.gap for step in self._expected)
-            if gap >= LEAST_GAP:
+            if gap >= least:
                 return seed
         raise NumericsError(
-            f"of {ATTEMPTS} seeds none routes every token by more than {LEAST_GAP} (the last by {gap:.1e}): "
+            f"of {ATTEMPTS} seeds none routes every token by more than {least} (the last by {gap:.1e}): "
             "rounding would decide, so nothing was compared; lower data.sequence_length or train.micro_batch_size"
         )
 
@@ -130,8 +132,14 @@ class Verification:
         return Bounds(BOUND_FP32, {row.name: max(worst[_alike(row)], least[row.name]) for row in plain.rows})
 
     def covered(self) -> dict[str, str]:
-        """Says what the comparison is about: the model's sizes, and the attention behind each half of the rows."""
+        """Says what the comparison is about, the attention behind each half of its rows, and what it leaves out."""
+        parallel, terms = self._config.parallel, self._coefficients
+        offloaded = [name for name in ("optimizer", "parameters") if getattr(parallel, f"offload_{name}")]
         return {
+            "dispatch": parallel.dispatch,
+            "offloaded": " and ".join(offloaded) or "nothing",
+            "objective": f"{terms.scope}, router_aux_loss_coef {terms.router_loss:g}, z {terms.router_z_loss:g}",
+            "left_out": "dropout, jitter, router bias, dropped rows, the optimizer's moments, given weights",
             "model": "full" if self._config.verify.full else "shrunk",
             "trained": _trained(self._config),
             "attention": str(self._model._attn_implementation),
@@ -151,8 +159,6 @@ class Verification:
         compare.scalar("fp64/loss", "fp64 loss", total.cross_entropy.item(), wanted.loss, bounds)
         compare.scalar("fp64/router_loss", "fp64 loss", _router_loss(total, size.tokens), wanted.router_loss, bounds)
         compare.scalar("fp64/grad_norm", "fp64 norm", norm, wanted.grad_norm, bounds)
-        mine, due = (clip_coefficient(size, self._config) for size in (norm, wanted.grad_norm))
-        compare.scalar("fp64/clip_coefficient", "fp64 norm", mine, due, bounds)
         compare.pieces("fp64 gradient", "fp64 gradient", pieces, wanted.gradients, bounds)
 
     def train(self) -> None:
@@ -199,7 +205,7 @@ class Verification:
             if self._config.lora.rank:
                 exported, wanted = _adapter_by_hub_name(load_file(folder / ADAPTER), self._model), masters
             else:
-                exported = _by_hub_name(load_file(folder / "model.safetensors"), self._model)
+                exported = _by_hub_name(_read_all(folder), self._model)
                 wanted = self._start | masters
             self.comparison.pieces("export", "export", exported, rounded(wanted, self._engine.dtype), bounds)
 
@@ -217,6 +223,10 @@ def _trained(config: Config) -> str:
         return config.train.only
     experts = " and the experts" if lora.experts else ""
     return f"adapters of rank {lora.rank} on {lora.targets or 'no layer'}{experts}{', DoRA' if lora.dora else ''}"
+
+
+def _read_all(folder: Path) -> Values:
+    return {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def _alike(row: Row) -> str:
