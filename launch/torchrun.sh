@@ -7,6 +7,6 @@ if [ "${HOSTS:-1}" = 1 ]; then
 else
   meeting=(--nnodes "$HOSTS" --node_rank "${HOST_RANK:?0 on the first host, then 1, 2, ...}"
     --master_addr "${FIRST_HOST:?address of the first host}" --master_port "${PORT:-29500}"
-    --rdzv_conf timeout=60) # torchrun's own patience is 10 minutes
+    --rdzv_conf "timeout=${MEETING_SECONDS:-60}") # torchrun's own patience is 10 minutes
 fi
 exec torchrun --nproc_per_node "$processes" "${meeting[@]}" -m train "$@"

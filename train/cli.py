@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from train.errors import ConfigError, UserError, report
 
@@ -59,12 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from train.compose import compose
         from train.config import check_training
-        from train.parallel.launcher import check_launch
+        from train.folder import refuse_used
+        from train.parallel.launcher import check_launch, is_first
 
         composed = compose(rest)
         if verb == "train":
             check_training(composed.config)
         check_launch(composed.config)
+        if composed.config.run.dir and is_first():
+            refuse_used(Path(composed.config.run.dir).expanduser())
     except UserError as error:
         report(error, met=False)
         return error.code

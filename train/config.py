@@ -429,6 +429,12 @@ def _check_parallel(config: Config) -> None:
         parallel.dispatch == "deepspeed_capacity" and config.train.router_bias_rate > 0,
         "parallel.dispatch=deepspeed_capacity chooses by DeepSpeed's own rule: set train.router_bias_rate=0",
     )
+    for name in ("capacity_factor", "drop_policy"):
+        value = getattr(parallel, name)
+        _refuse(
+            parallel.dispatch == "dropless" and value != getattr(ParallelConfig(), name),
+            f"parallel.{name}={value} is of no effect: set parallel.dispatch=deepspeed_capacity too",
+        )
     _refuse(
         parallel.offload_optimizer and parallel.zero == 0,
         "parallel.offload_optimizer=true needs parallel.zero=1 or more",

@@ -30,6 +30,19 @@ PACKAGES = (
 )
 
 
+def refuse_used(path: Path) -> None:
+    """Refuses a folder that a run trained in, or that holds files that are no run's.
+
+    Raises:
+        MachineError: with the fix.
+    """
+    metrics = path / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size:
+        raise MachineError(f"run.dir={path} holds a run already: name another folder, or move this one away")
+    if path.is_dir() and not (path / ".lock").exists() and any(path.iterdir()):
+        raise MachineError(f"run.dir={path} holds files that are no run's: name a new or an empty folder")
+
+
 class RunFolder:
     """A folder held by this process alone until it is closed.
 
@@ -45,16 +58,17 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            is_ours = (path / ".lock").exists()
-            if not is_ours and any(path.iterdir()):
-                raise MachineError(f"run.dir={path} holds files that are no run's: name a new or an empty folder")
+            if not (path / ".lock").exists():
+                refuse_used(path)
             self._lock = (path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise MachineError(f"run.dir={path} cannot be written: {error.strerror}") from None
         self._take_lock()
-        if self.metrics_path.exists() and self.metrics_path.stat().st_size:
+        try:
+            refuse_used(path)
+        except MachineError:
             self._lock.close()
-            raise MachineError(f"run.dir={path} holds a run already: name another folder, or move this one away")
+            raise
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()

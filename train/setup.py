@@ -20,6 +20,7 @@ from train.data.loader import Data, Share
 from train.errors import StopSignal
 from train.folder import RunFolder
 from train.parallel.engine import Engine
+from train.parallel.launcher import number_of_processes
 
 PATIENCE_SECONDS = 10.0
 
@@ -47,7 +48,9 @@ def signals_as_errors() -> Iterator[None]:
         if stopped and now - stopped[0] < PATIENCE_SECONDS:
             return
         stopped.append(now)
-        raise StopSignal(f"stopped by {signal.Signals(number).name}", number)
+        others = number == signal.SIGTERM and number_of_processes() > 1
+        hint = "; a launcher stops all when one has died: its own lines say which and why" if others else ""
+        raise StopSignal(f"stopped by {signal.Signals(number).name}{hint}", number)
 
     stopped: list[float] = []
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}

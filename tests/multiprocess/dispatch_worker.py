@@ -53,7 +53,7 @@ def aim(case: str, blocks: tuple[SparseMoeBlock, ExpertParallelBlock], world: in
 
 
 class Counter:
-    """Counts the bytes that leave for other ranks."""
+    """Counts the bytes that are handed to all-to-all, those for the rank itself among them."""
 
     def __init__(self) -> None:
         self.rows = self.rest = 0

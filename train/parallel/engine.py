@@ -192,12 +192,14 @@ class Engine(ABC):
         result: list[T] = []
 
         def attempt(now: bool) -> None:
-            error = None
+            error: UserError | None = None
             if now:
                 try:
                     result.append(function())
                 except UserError as caught:
                     error = caught
+                except OSError as caught:
+                    error = MachineError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
             errors: list[Any] = [error]
             if self.world_size > 1:
                 errors = [None] * self.world_size

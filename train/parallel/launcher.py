@@ -16,6 +16,11 @@ def number_of_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def check_launch(config: Config) -> None:
     """Refuses what processes started so can never train.
 
@@ -26,6 +31,10 @@ def check_launch(config: Config) -> None:
     _check_variables()
     processes, expert = number_of_processes(), config.parallel.expert
     if processes % expert != 0:
+        if processes == 1:
+            raise ConfigError(
+                f"parallel.expert={expert} needs as many processes: torchrun --nproc_per_node {expert} -m train ..."
+            )
         fits = [n for n in range(1, processes + 1) if processes % n == config.model.num_local_experts % n == 0]
         raise ConfigError(
             f"parallel.expert={expert} does not divide the number of processes, {processes}: "
@@ -58,7 +67,7 @@ def listen() -> socket.socket:
         with socket.create_server(("", 0)) as free:
             raise MachineError(
                 f"the processes cannot meet at {meeting_place()}: {os.strerror(error.errno or 0).lower()}; "
-                f"MASTER_PORT={free.getsockname()[1]} is free"
+                f"port {free.getsockname()[1]} is free: --master_port of torchrun and deepspeed, PORT of launch/*.sh"
             ) from None
 
 

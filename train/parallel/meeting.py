@@ -44,7 +44,7 @@ def meet(backend: str, patience: float) -> None:
         dist.init_process_group(
             backend, store=store, rank=int(os.environ["RANK"]), world_size=processes, timeout=timeout
         )
-        dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects no earlier
+        _await(dist.all_reduce(torch.zeros(1, device=device), async_op=True), patience)  # NCCL connects no earlier
     except RuntimeError as error:
         raise MachineError(
             f"the processes met, but cannot talk over {backend}: {_first_line(error)}; set "
@@ -59,12 +59,23 @@ def _own_device(backend: str) -> torch.device:
     if backend == "gloo":
         return torch.device("cpu")
     local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= there:
+    here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if here > there:
         raise MachineError(
-            f"LOCAL_RANK={local}, but {socket.gethostname()} has {there} GPUs: start no more processes than that on it"
+            f"{socket.gethostname()} has {there} GPUs for {here} processes: start no more than that on it"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def _await(work: dist.Work, patience: float) -> None:
+    """Waits for a collective, without the backend's own way of giving up, which ends the process."""
+    deadline = time.monotonic() + patience
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the first collective did not end within {patience:g} s")
+        time.sleep(POLL_SECONDS / 10)
+    work.wait()
 
 
 def _open_store(processes: int, patience: float) -> dist.Store:
