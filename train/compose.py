@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from train.config import Config, check, keys, nearest
+from train.config import Config, SourceConfig, check, keys, nearest
 from train.errors import ConfigError
 from train.inherit import inherit, inherit_adapter
 
@@ -132,7 +132,8 @@ def _check_words(words: Sequence[str]) -> list[str]:
         if override.is_sweep_override():
             raise ConfigError(f"{word!r} is a sweep of values; one run takes one")
         _check_key(override.key_or_group, override.value(), "on the command line")
-        checked.append(word)
+        is_open = any(item.name == override.key_or_group and item.type == dict[str, str] for item in keys())
+        checked.append(f"++{word}" if is_open else word)  # whose own keys Hydra does not know
     return checked
 
 
@@ -156,11 +157,30 @@ def _check_key(name: str, value: Any, where: str) -> None:
         return
     section, _, leaf = name.partition(".")
     if leaf in SECTIONS.get(section, ()):
+        if name == "data.sources":
+            _check_sources(value, where)
         return
     if name in SECTIONS:
         raise ConfigError(f"{name} {where} is a section: set its keys one by one, such as {name}.{min(SECTIONS[name])}")
     known = [item.name for item in keys()] + list(groups()) + ["recipe"]
     raise ConfigError(f"unknown key {name} {where}{nearest(name, known)}")
+
+
+def _check_sources(value: Any, where: str) -> None:
+    """Checks the keys of each source, which Hydra would name badly."""
+    known = [item.name for item in dataclasses.fields(SourceConfig)]
+    shape = f"data.sources {where}: expected a list such as [{{path: FILE, weight: 2}}, ...]"
+    if not isinstance(value, list):
+        raise ConfigError(shape)
+    for item in value:
+        if not isinstance(item, dict) or not isinstance(item.get("path"), str):
+            raise ConfigError(f"{shape}; found {item!r}")
+        for name in item:
+            if name not in known:
+                raise ConfigError(f"unknown key {name} of a source in data.sources {where}{nearest(str(name), known)}")
+        weight = item.get("weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float | None):
+            raise ConfigError(f"data.sources {where}: {item['path']}: weight={weight} is not a number")
 
 
 def _find_recipe(choice: str) -> tuple[str, Path]:
@@ -212,8 +232,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{section} {where} is a group: write `defaults:` with `- override /{section}: {values}`")
         if section not in SECTIONS or not isinstance(values, dict):
             _check_key(section, values if isinstance(values, dict) else {}, where)
-        for leaf in values:
-            _check_key(f"{section}.{leaf}", None, where)
+        for leaf, value in values.items():
+            _check_key(f"{section}.{leaf}", value, where)
     return tree
 
 

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from train.errors import ConfigError
@@ -26,9 +27,12 @@ def key(
     maximum: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Declares one key: its default, its documentation and the values it may take."""
+    """Declares one key: its default (a list or dict is empty), its documentation and the values it may take."""
     limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    return field(default=default, metadata={"help": help, **limits})
+    metadata = {"help": help, **limits}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=type(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "gate")
@@ -90,23 +94,89 @@ class ModelConfig:
     )
 
 
+FORMATS = {  # the columns of each; those in brackets may be missing
+    "text": ("text",),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "[input]", "output"),
+    "tokens": ("input_ids", "[labels]"),
+}
+MESSAGE_KEYS = ("role", "content", "from", "value", "weight")
+COLUMNS = [column.strip("[]") for columns in FORMATS.values() for column in columns]
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One of several sources; what it leaves out is as in `data`.
+
+    Attributes:
+        path: see `data.path`.
+        weight: its share of the documents, relative to the other sources'; given for all sources or for none.
+        format: see `data.format`.
+        columns: see `data.columns`.
+        subset: see `data.subset`.
+        split: see `data.split`.
+    """
+
+    path: str = "???"
+    weight: float | None = None
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: str | None = None
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """What is trained on, and how it becomes rows of tokens."""
 
-    path: str = key(
+    path: str | None = key(
         "???",
-        "a .txt or .jsonl file, a folder of them, a folder saved by datasets, a dataset on the hub, or python_stdlib: "
-        "the source and documentation of the running interpreter",
+        "a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, a folder saved by datasets, a dataset on the "
+        "hub, or python_stdlib: the source and documentation of the running interpreter",
     )
-    text_field: str = key("text", "the field of a JSONL row or dataset that holds the text")
+    sources: list[SourceConfig] = key(
+        [],
+        "several sources in place of data.path: a list of {path, weight, format, columns, subset, split}; weights are "
+        "their shares of the documents, without them each is seen once an epoch",
+    )
+    format: str = key(
+        "auto",
+        "what a row is; auto: what the columns of a source's first row say",
+        choices=("auto", *FORMATS),
+    )
+    columns: dict[str, str] = key(
+        {}, "where columns have other names: {prompt: question, completion: answer}; likewise the keys of messages"
+    )
+    text_field: str = key("text", "the column that holds plain text, as data.columns={text: NAME}")
     subset: str | None = key(None, "the hub dataset's configuration")
     split: str = key("train", "the split of a hub dataset or saved dataset dictionary")
+    chat_template: str | None = key(
+        None,
+        "how chats are written: a Jinja file; mixtral: Mixtral-8x7B-Instruct's; none: prompts and answers as they are; "
+        "by default the tokenizer's own, or none where it has none",
+    )
+    train_on: str = key("answers", "which tokens of a chat or prompt are trained", choices=("answers", "all"))
+    too_long: str = key(
+        "error",
+        "what becomes of a sample longer than a row: error; cut: its end is lost; skip. Plain text is never too long",
+        choices=("error", "cut", "skip"),
+    )
+    bad_rows: str = key(
+        "error", "what becomes of rows that cannot be trained on: error; skip, and count", choices=("error", "skip")
+    )
     tokenizer: str = key(
         "mixtral",
         "mixtral: the real one; train_bpe: one of model.vocab_size tokens from the corpus; or a folder or hub id",
     )
     sequence_length: int = key(4096, "tokens per row", minimum=2)
+    packing: bool = key(True, "whether samples share rows, apart from each other; plain text always does")
+    packing_window: int = key(20_000, "samples that are packed together, first fit decreasing", minimum=1)
+    workers: int = key(1, "processes that tokenize on each host, besides the tokenizer's own threads", minimum=1)
+    held_out_path: str | None = key(
+        None, "documents to evaluate on, of the form of data.path; by default a share of the data"
+    )
     held_out_fraction: float = key(0.01, "share of the documents kept for evaluation", above=0, maximum=0.5)
     held_out_documents: int = key(
         256, "bound on the documents kept for evaluation; with streaming, the first that the share selects", minimum=1
@@ -116,6 +186,11 @@ class DataConfig:
     )
     shuffle: bool = key(True, "whether each epoch has its own order of documents and rows")
     shuffle_buffer: int = key(1000, "with streaming, documents and rows held to draw the next from", minimum=1)
+
+    @property
+    def names(self) -> str:
+        """The sources, for people."""
+        return ", ".join(source.path for source in self.sources) or str(self.path)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -370,6 +445,7 @@ def check(config: Config) -> None:
         section, name = item.name.split(".")
         item.check(getattr(getattr(config, section), name))
     _check_model(config.model)
+    _check_data(config.data)
     _check_parallel(config)
     _check_run(config)
     _check_trained(config)
@@ -405,6 +481,34 @@ def _check_model(model: ModelConfig) -> None:
     _refuse(
         model.attn_implementation == "windowed" and (model.sliding_window is None or model.attention_dropout > 0),
         "model.attn_implementation=windowed needs a model.sliding_window, and model.attention_dropout=0",
+    )
+
+
+def _check_data(data: DataConfig) -> None:
+    sources = data.sources
+    _refuse(data.path is None and not sources, "data.path and data.sources are both empty: give one of them")
+    known = (*COLUMNS, *MESSAGE_KEYS)
+    for where, columns in [("data", data.columns), *((f"data.sources: {item.path}", item.columns) for item in sources)]:
+        for name in columns:
+            _refuse(name not in known, f"{where}: no format has a column {name}{nearest(name, known)}")
+    formats = ("auto", *FORMATS)
+    for item in sources:
+        found = f"data.sources: {item.path}"
+        _refuse(
+            item.format is not None and item.format not in formats,
+            f"{found}: format={item.format}: expected {' | '.join(formats)}{nearest(str(item.format), formats)}",
+        )
+        _refuse(
+            item.weight is not None and not 0 < item.weight < math.inf, f"{found}: weight={item.weight} is not above 0"
+        )
+    _refuse(
+        len({item.weight is None for item in sources}) > 1,
+        "data.sources: some have a weight and some have none: give all of them one, or none",
+    )
+    template = data.chat_template
+    _refuse(
+        template not in (None, "mixtral", "none") and not Path(template or "").expanduser().is_file(),
+        f"data.chat_template={template}: no such file, and neither mixtral nor none",
     )
 
 

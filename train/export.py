@@ -16,6 +16,7 @@ from mixtral.weights.adapters import AdapterWriter
 from mixtral.weights.names import hub_shapes
 from mixtral.weights.write import HubWriter, Planned, new_folder
 from train.config import Config
+from train.data.formats import as_row
 from train.lora import adapter_of
 from train.merge import main
 from train.parallel.engine import Engine, Piece
@@ -74,7 +75,7 @@ def export(
         target: the folder to make.
         engine: holds the trained model.
         tokenizer: its tokenizer.
-        held_out: the held-out documents, with a `text` column.
+        held_out: the held-out documents.
         config: of the run, for the card.
         summary: of the run, for the card.
 
@@ -115,7 +116,7 @@ def _write(
         tokenizer.save_pretrained(folder)
         with (folder / "held_out.jsonl").open("w", encoding="utf-8") as file:
             for row in held_out:
-                file.write(json.dumps({"text": row["text"], "source": row["source"]}, ensure_ascii=False) + "\n")
+                file.write(json.dumps(as_row(row), ensure_ascii=False) + "\n")
         card = _card(target, engine.module.config, config, summary)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -182,7 +183,7 @@ def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str,
         name=target.parent.name,
         what=what,
         usage=(USAGE if adapter is None else ADAPTER_USAGE).format(folder=target.name, base=config.model.init_from),
-        data=config.data.path,
+        data=config.data.names,
         tokens=summary["tokens"],
         tokenizer=config.data.tokenizer,
         steps=summary["steps"],

@@ -24,7 +24,7 @@ def finish(
 ) -> None:
     """Writes `summary.json` and `export/`, then prints a sample. Every process takes part; the main one writes."""
     observer.end_of_training()
-    summary = summarise(observer)
+    summary = summarise(observer, data)
     if folder:
         folder.write_json("summary.json", summary)
     target = Path(config.run.dir or "") / "export"
@@ -37,7 +37,7 @@ def finish(
             print(f"--- sample ---\n{text}\n--------------")
 
 
-def summarise(observer: Observer) -> dict[str, Any]:
+def summarise(observer: Observer, data: Data) -> dict[str, Any]:
     """Gathers the figures a run is remembered by."""
     last = observer.last
     names = ("loss", "eval_loss", "eval_perplexity", "router_loss", "tokens_per_second", "peak_memory_bytes")
@@ -46,6 +46,8 @@ def summarise(observer: Observer) -> dict[str, Any]:
         "tokens": last["tokens"],
         "first_eval_loss": observer.evaluations[0],
         **{name: last[name] for name in names},
+        "left_out": dict(data.counts.left_out),
+        "cut": data.counts.cut,
     }
 
 

@@ -50,7 +50,9 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
     engine.first_on_each_host(lambda: find_weights(config.model))
     training, held_out = engine.first_on_each_host(lambda: open_documents(config.data))
-    tokenizer = engine.on_main(lambda: open_tokenizer(config.data.tokenizer, config.model.vocab_size, training))
+    tokenizer = engine.on_main(
+        lambda: open_tokenizer(config.data.tokenizer, config.model.vocab_size, training, config.data.chat_template)
+    )
     if folder:
         tokenizer.save_pretrained(folder.path / "tokenizer")
     data = engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))

@@ -11,12 +11,17 @@ from datasets import Dataset, DatasetDict
 
 from tests.train.helpers import WORDS, write_corpus
 from train.config import DataConfig
-from train.data.sources import load_documents, split_documents, split_stream
+from train.data.sources import FEATURES, load_documents, split_documents, split_stream
 from train.errors import DataError, MachineError
 
 
 def read(path, **changes):
     return list(load_documents(DataConfig(path=str(path), **changes)))
+
+
+def documents_of(texts):
+    rows = [{"text": text, "format": "text", "source": "book.txt", "problem": None, "part": 0} for text in texts]
+    return Dataset.from_list(rows, features=FEATURES)
 
 
 def write(path, content):
@@ -66,7 +71,7 @@ def test_saved_datasets_are_read_with_and_without_splits(tmp_path, streaming):
     assert [row["text"] for row in read(tmp_path / "splits", split="test", **options)] == ["two"]
     with pytest.raises(DataError, match=r"data.split=valid: .* train \| test"):
         read(tmp_path / "splits", split="valid", **options)
-    with pytest.raises(DataError, match="data.text_field=text: .* body, label"):
+    with pytest.raises(DataError, match="plain:0: it has the columns body, label, but 'text' is not among them"):
         read(tmp_path / "plain", streaming=streaming)
 
 
@@ -87,15 +92,15 @@ MALFORMED = {
     "latin.txt": (b"good\nb\xe9d\n", r"latin.txt:2: not UTF-8"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"latin.jsonl:2: not UTF-8"),
     "broken.jsonl": (b'{"text": "a"}\n\n{"text": \n', r"broken.jsonl:3: not JSON"),
-    "list.jsonl": (b'["text"]\n', r"list.jsonl:1: expected an object with a field 'text', found list"),
+    "list.jsonl": (b'["text"]\n', r"list.jsonl:1: wrong type: expected an object with columns, found list"),
     "missing.jsonl": (
         b'{"text": "a"}\n{"body": "b"}\n',
-        r"missing.jsonl:2: no field 'text'; it has body; set data.text_field",
+        r"missing.jsonl:2: missing column: no 'text'; it has body; set data.text_field",
     ),
     "surrogate.jsonl": (b'{"text": "a \\ud800 b"}\n', r"surrogate.jsonl:1: .* lone surrogate"),
     "digits.jsonl": (b'{"text": ' + b"9" * 5000 + b"}\n", r"digits.jsonl:1: not readable JSON"),
-    "rows.json": (b'[{"text": "a"}]', r"rows.json: expected a .txt or .jsonl file"),
-    "number.jsonl": (b'{"text": 3}\n', r"number.jsonl:1: field 'text' holds int, not text"),
+    "rows.yaml": (b'[{"text": "a"}]', r"rows.yaml: expected a file that ends in one of .txt, .jsonl"),
+    "number.jsonl": (b'{"text": 3}\n', r"number.jsonl:1: wrong type: 'text' holds int, not text"),
 }
 
 
@@ -113,14 +118,14 @@ def test_a_path_that_is_not_there_is_refused(path):
 
 
 def test_a_folder_without_text_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no .txt or .jsonl file"):
+    with pytest.raises(DataError, match="no file in this folder ends in one of .txt, .jsonl"):
         read(tmp_path)
 
 
 def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
     code = (
         "from train.config import DataConfig\n"
-        "from train.data.sources import load_documents\n"
+        "from train.data.sources import FEATURES, load_documents\n"
         "from train.errors import MachineError\n"
         "try: load_documents(DataConfig(path='nobody/nothing'))\n"
         "except MachineError as error: print(error)\n"
@@ -147,20 +152,20 @@ def test_the_split_depends_on_the_texts_alone(tmp_path):
 
 
 def test_equal_texts_stay_on_one_side():
-    documents = Dataset.from_list([{"text": WORDS[i % 5], "source": ""} for i in range(20)])
+    documents = documents_of([WORDS[i % 5] for i in range(20)])
     training, held_out = split_documents(documents, 0.1, 99)
     assert not set(training["text"]) & set(held_out["text"])
     assert len(held_out) == 4
     with pytest.raises(DataError, match="same text"):
-        split_documents(Dataset.from_list([{"text": "x", "source": ""}] * 3), 0.1, 99)
+        split_documents(documents_of(["x"] * 3), 0.1, 99)
 
 
 def test_of_a_single_document_the_end_is_held_out():
-    one = Dataset.from_list([{"text": "abcdefghij", "source": "book.txt"}])
+    one = documents_of(["abcdefghij"])
     training, held_out = split_documents(one, 0.2, 99)
     assert (training["text"][0], held_out["text"][0]) == ("abcdefgh", "ij")
     with pytest.raises(DataError, match="book.txt: too short"):
-        split_documents(Dataset.from_list([{"text": "a", "source": "book.txt"}]), 0.2, 99)
+        split_documents(documents_of(["a"]), 0.2, 99)
 
 
 def test_a_stream_is_split_without_overlap(tmp_path):

@@ -1,21 +1,35 @@
 """The data of a run: which rows each process takes at each step, prepared ahead of it."""
 
-import hashlib
-import inspect
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+import numpy as np
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
 from train.config import Config, DataConfig
+from train.data.formats import RowError
 from train.data.packing import Batch, PackedRows, Row, make_row, pack_stream, stack
-from train.data.sources import load_documents, split_documents, split_stream
+from train.data.samples import SampleRows, pack_sample_stream
+from train.data.sources import (
+    column,
+    load_documents,
+    load_sources,
+    problems_of,
+    refuse,
+    split_documents,
+    split_stream,
+    usable,
+)
+from train.data.templates import Encoder
+from train.data.tokenized import encode, tokenize
 from train.data.tokenizer import document_ids
+from train.errors import DataError
 
 T = TypeVar("T")
 
@@ -47,6 +61,47 @@ class Share:
         return [range(start, start + self.micro_batch_size) for start in starts]
 
 
+@dataclass
+class Counts:
+    """What became of the documents.
+
+    Attributes:
+        documents: that are trained on.
+        tokens: of theirs, an epoch.
+        trained_tokens: of those, the ones that are predicted.
+        cut: samples whose end was cut off.
+        left_out: documents with a problem, by its kind.
+        fullness: share of the rows of an epoch that is no padding.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    cut: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    fullness: float = 1.0
+
+    @classmethod
+    def of(cls, rows: PackedRows | SampleRows, problems: list[tuple[str, str]], cut: int = 0) -> "Counts":
+        """Counts what is at hand."""
+        return cls(
+            documents=int((rows.lengths > 0).sum()),
+            tokens=rows.tokens_per_epoch,
+            trained_tokens=rows.trained_tokens_per_epoch,
+            cut=cut,
+            left_out=Counter(problem.partition(":")[0] for _, problem in problems),
+            fullness=rows.tokens_per_epoch / (rows.rows_per_epoch * rows.sequence_length),
+        )
+
+    def __str__(self) -> str:
+        untrained = self.tokens - self.documents != self.trained_tokens  # beyond the first of each
+        trained = f", {self.trained_tokens:,} of them trained," if untrained else ""
+        left_out = [f"{count:,} {kind}" for kind, count in self.left_out.most_common()]
+        parts = [f"{self.tokens:,} tokens{trained} in {self.documents:,} documents", f"rows {self.fullness:.1%} full"]
+        parts += [f"{self.cut:,} cut"] if self.cut else []
+        return ", ".join([*parts, *([f"left out: {', '.join(left_out)}"] if left_out else [])])
+
+
 @dataclass(frozen=True)
 class Data:
     """What a run trains on and is evaluated on.
@@ -55,22 +110,40 @@ class Data:
         rows: training rows, at hand; None with streaming.
         stream: opens the training rows of a stream from its beginning; None without streaming.
         held_out: rows of the held-out documents, in their order.
-        held_out_documents: those documents, with their `text`.
+        held_out_documents: those documents, see `load_documents`.
         sequence_length: S.
+        counts: of the documents; with streaming, as far as they were read.
+        problems: place and problem of the documents left out; with streaming, of the held-out ones.
     """
 
-    rows: PackedRows | None
+    rows: PackedRows | SampleRows | None
     stream: Callable[[], Iterator[Row]] | None
-    held_out: PackedRows
+    held_out: PackedRows | SampleRows
     held_out_documents: Dataset
     sequence_length: int
+    counts: Counts = field(default_factory=Counts)
+    problems: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         held_out = f"{len(self.held_out_documents)} held out"
-        if self.rows is None:
-            return f"a stream of documents, {held_out}"
-        documents = len(self.rows.lengths)
-        return f"{self.rows.tokens_per_epoch:,} tokens in {documents:,} documents, {held_out}"
+        return f"{'a stream of documents' if self.rows is None else self.counts}, {held_out}"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each training document at hand."""
+        assert self.rows is not None
+        return self.rows.lengths[self.rows.lengths > 0]
+
+    @property
+    def passes(self) -> list[float] | None:
+        """How often an epoch holds each source, where they have weights."""
+        return self.rows.passes() if isinstance(self.rows, SampleRows) else None
+
+    def first(self, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the first training documents at hand: token ids, and which of them are trained."""
+        assert self.rows is not None
+        for document in np.flatnonzero(self.rows.lengths)[:count]:
+            yield self.rows.document(int(document))
 
     def steps(self, share: Share) -> Iterator[list[Batch]]:
         """Yields a process's micro-batches, step after step, without end."""
@@ -94,71 +167,150 @@ def open_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Datas
     Raises:
         DataError, MachineError: see `load_documents`.
     """
-    documents = load_documents(config)
-    if isinstance(documents, IterableDataset):
-        return split_stream(documents, config.held_out_fraction, config.held_out_documents)
-    return split_documents(documents, config.held_out_fraction, config.held_out_documents)
+    if config.held_out_path is not None:
+        held_out = load_documents(replace(config, path=config.held_out_path, sources=[], streaming=False))
+        return _mixed(load_sources(config), config), held_out
+    if config.streaming:
+        opened = load_sources(config)
+        most = -(-config.held_out_documents // len(opened))
+        divided = [split_stream(documents, config.held_out_fraction, most) for documents in opened]
+        return _mixed([training for training, _ in divided], config), concatenate_datasets(
+            [kept for _, kept in divided]
+        )
+    return split_documents(load_documents(config), config.held_out_fraction, config.held_out_documents)
+
+
+def _mixed(opened: list[Any], config: DataConfig) -> Dataset | IterableDataset:
+    """Joins sources: one after the other, or a stream with weights by chance, until each has ended once."""
+    weights = weights_of(config)
+    if len(opened) == 1:
+        return opened[0]
+    if weights is None or not config.streaming:
+        return concatenate_datasets(opened)
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(opened, probabilities=shares, seed=0, stopping_strategy="all_exhausted")
+
+
+def weights_of(config: DataConfig) -> list[float] | None:
+    """Lists the weights of the sources, if they have any."""
+    weights = [source.weight for source in config.sources if source.weight is not None]
+    return weights or None
 
 
 def pack(
     training: Dataset | IterableDataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> Data:
-    """Tokenizes documents and packs them into rows; a second process finds the first's work in the cache."""
-    data, length = config.data, config.data.sequence_length
-    rows, stream = None, None
+    """Tokenizes documents and packs them into rows; a second process finds the first's work in the cache.
+
+    Raises:
+        DataError: for documents that cannot be trained on, and are not to be left out.
+        ConfigError: for chats without a template.
+    """
+    are_texts = all(_are_texts(documents) for documents in (training, held_out)) and weights_of(config.data) is None
+    return (_pack_texts if are_texts else _pack_samples)(training, held_out, tokenizer, config)
+
+
+def _are_texts(documents: Dataset | IterableDataset) -> bool:
+    if isinstance(documents, Dataset):
+        return set(column(documents, "format").unique().to_pylist()) == {"text"}
+    return all(row["format"] == "text" for row in documents.take(100))
+
+
+def _pack_texts(
+    training: Dataset | IterableDataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Data:
+    """Packs documents by cutting the stream of them."""
+    data, length, seed = config.data, config.data.sequence_length, config.run.seed
+    problems, held_out = problems_of(held_out), usable(held_out)
+    kept = PackedRows(tokenize(held_out, tokenizer, data.workers), length, epochs=1)
     if isinstance(training, Dataset):
-        tokens = _tokenize(training, tokenizer)
-        rows = PackedRows(tokens, length, seed=config.run.seed, shuffle=data.shuffle, epochs=config.train.epochs)
-    else:
+        problems += problems_of(training)
+        tokens = tokenize(usable(training), tokenizer, data.workers)
+        rows = PackedRows(tokens, length, seed=seed, shuffle=data.shuffle, epochs=config.train.epochs)
+        return Data(rows, None, kept, held_out, length, Counts.of(rows, problems), problems)
+    counts = Counts()
 
-        def stream() -> Iterator[Row]:
-            seed, buffer = config.run.seed, data.shuffle_buffer if data.shuffle else 1
-            return pack_stream(_stream_ids(training, tokenizer, data, seed), length, seed=seed, shuffle_buffer=buffer)
+    def stream() -> Iterator[Row]:
+        ids = (document_ids(tokenizer, [row["text"]])[0] for row in _epochs(training, data, seed, counts))
+        return pack_stream(ids, length, seed=seed, shuffle_buffer=data.shuffle_buffer if data.shuffle else 1)
 
-    return Data(
-        rows=rows,
-        stream=stream,
-        held_out=PackedRows(_tokenize(held_out, tokenizer), length, epochs=1),
-        held_out_documents=held_out,
-        sequence_length=length,
-    )
+    return Data(None, stream, kept, held_out, length, counts, problems)
 
 
-def _tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Maps `text` to `input_ids`, cached by the content of the documents, the tokenizer and the code."""
+def _pack_samples(
+    training: Dataset | IterableDataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Data:
+    """Packs samples, each of them whole."""
+    data, length, seed = config.data, config.data.sequence_length, config.run.seed
+    encoder = Encoder(tokenizer, data, config.model.vocab_size)
+    window = data.packing_window if data.packing else 1
+    kept = encode(held_out, encoder)
+    problems = problems_of(kept)
+    refuse(problems, data)
+    held_out = held_out.select(np.flatnonzero(column(kept, "problem").is_null().to_numpy()))
+    if not len(held_out):
+        raise DataError(f"no held-out sample can be used: the first is {problems[0][0]}: {problems[0][1]}")
+    held_out_rows = SampleRows(kept, length, window=window, epochs=1)
+    if isinstance(training, Dataset):
+        encoded = encode(training, encoder)
+        problems += problems_of(encoded)
+        refuse(problems, data)
+        if not column(encoded, "problem").null_count:
+            raise DataError(f"no sample can be trained on: the first is {problems[0][0]}: {problems[0][1]}")
+        rows = SampleRows(
+            encoded,
+            length,
+            window=window,
+            seed=seed,
+            shuffle=data.shuffle,
+            epochs=config.train.epochs,
+            weights=weights_of(data),
+        )
+        cut = int(column(encoded, "is_cut").to_numpy().sum())
+        return Data(rows, None, held_out_rows, held_out, length, Counts.of(rows, problems, cut), problems)
+    counts = Counts()
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": document_ids(tokenizer, batch["text"])}
+    def stream() -> Iterator[Row]:
+        samples = _stream_samples(_epochs(training, data, seed, counts), encoder, data, counts)
+        return pack_sample_stream(samples, length, window=window, seed=seed, shuffle=data.shuffle)
 
-    code = Path(inspect.getfile(document_ids)).read_text(encoding="utf-8")
-    described = [code, documents._fingerprint, str(tokenizer.bos_token_id), str(tokenizer.eos_token_id)]
-    described.append(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer))
-    return documents.map(
-        encode,
-        batched=True,
-        batch_size=256,
-        remove_columns=documents.column_names,
-        features=Features({"input_ids": List(Value("int32"))}),
-        new_fingerprint=hashlib.blake2b("\0".join(described).encode(), digest_size=8).hexdigest(),
-        desc="tokenizing",
-    )
+    return Data(None, stream, held_out_rows, held_out, length, counts, problems)
 
 
-def _stream_ids(
-    documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int
-) -> Iterator[list[int]]:
-    """Yields the ids of a stream's documents, epoch after epoch."""
+def _epochs(documents: IterableDataset, data: DataConfig, seed: int, counts: Counts) -> Iterator[dict[str, Any]]:
+    """Yields a stream's documents, epoch after epoch, and counts those left out."""
     if data.shuffle:
         documents = documents.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
     epoch = 0
     while True:
         documents.set_epoch(epoch)
         for row in documents:
-            yield document_ids(tokenizer, [row["text"]])[0]
+            if row["problem"] is None:
+                yield row
+            else:
+                counts.left_out[row["problem"].partition(":")[0]] += 1
         epoch += 1
 
 
-def _steps_at_hand(rows: PackedRows, share: Share) -> Iterator[list[Batch]]:
+def _stream_samples(
+    documents: Iterator[dict[str, Any]], encoder: Encoder, data: DataConfig, counts: Counts
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encodes documents as they come.
+
+    Raises:
+        DataError: for one that cannot be trained on, and is not to be left out.
+    """
+    while batch := list(islice(documents, 64)):
+        for row, sample in zip(batch, encoder.encode(batch), strict=True):
+            if isinstance(sample, RowError):
+                refuse([(row["source"], str(sample))], data)
+                counts.left_out[str(sample).partition(":")[0]] += 1
+            else:
+                counts.cut += sample.is_cut
+                yield sample.ids, sample.trained
+
+
+def _steps_at_hand(rows: PackedRows | SampleRows, share: Share) -> Iterator[list[Batch]]:
     step = 0
     while True:
         yield [stack([rows[row] for row in indices]) for indices in share.rows(step)]

@@ -70,13 +70,14 @@ class TokenTable:
     """The ids of tokenized documents, read where they lie: a part of a long one costs no more than of a short one.
 
     Args:
-        documents: a dataset with an `input_ids` column, memory-mapped or not.
+        documents: a dataset, memory-mapped or not.
+        name: of its column of ids, or of whatever there is one of per token.
     """
 
-    def __init__(self, documents: Dataset) -> None:
+    def __init__(self, documents: Dataset, name: str = "input_ids") -> None:
         if documents._indices is not None:
             documents = documents.flatten_indices()
-        chunks = documents.data.column("input_ids").chunks
+        chunks = documents.data.column(name).chunks
         self._values = [chunk.values.to_numpy() for chunk in chunks]
         self._offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in chunks]
         self._first = np.cumsum([0] + [len(chunk) for chunk in chunks])
@@ -114,6 +115,7 @@ class PackedRows:
         self.seed, self.shuffle = seed, shuffle
         self.lengths = self.documents.lengths
         self.tokens_per_epoch = int(self.lengths.sum())
+        self.trained_tokens_per_epoch = self.tokens_per_epoch - len(self.lengths)
         self.rows_per_epoch = -(-self.tokens_per_epoch // sequence_length)
         self._end = None if epochs is None else max(1, round(epochs * self.rows_per_epoch))
         self._order = lru_cache(maxsize=2)(self._order_of)
@@ -121,6 +123,11 @@ class PackedRows:
     def __len__(self) -> int:
         """Number of rows until the end, or of one epoch where there is none."""
         return self.rows_per_epoch if self._end is None else self._end
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a document's ids, and which of them are trained: all."""
+        ids = self.documents.read(index, 0, int(self.lengths[index]))
+        return ids, np.ones(len(ids), bool)
 
     def __getitem__(self, index: int) -> Row:
         """Returns row `index`, counted through all epochs."""

@@ -1,66 +1,156 @@
-"""Documents: where text comes from, and which of it is held out.
+"""Documents: where they come from, and which of them are held out.
 
-A document is a text file, a row of a JSONL file or of a dataset, or a source file of the interpreter.
+A document is a text file, a source file of the interpreter, or a row of a file or dataset, in the form of
+`train.data.formats`.
 """
 
 import hashlib
+import inspect
 import json
+import os
 import pydoc_data.topics
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetNotFoundError
+from datasets.utils import tqdm
 
-from train.config import DataConfig
+from train.config import DataConfig, SourceConfig
+from train.data import files, formats
+from train.data.files import read_rows
+from train.data.formats import BLANK, Schema, as_document
 from train.data.hub import require_hub
 from train.errors import DataError, MachineError
 
-FEATURES = Features({"text": Value("large_string"), "source": Value("string")})
-SUFFIXES = (".txt", ".jsonl")
+FEATURES = Features(
+    {
+        "text": Value("large_string"),
+        "format": Value("string"),
+        "source": Value("string"),
+        "problem": Value("string"),
+        "part": Value("int32"),
+    }
+)
+Read = Callable[..., Iterator[dict[str, Any]]]
+
+
+def sources_of(config: DataConfig) -> list[SourceConfig]:
+    """Lists the sources, with everything that they leave to `data`."""
+    given = config.sources or [SourceConfig(path=config.path or "")]
+    common = {"text": config.text_field} | config.columns
+    return [
+        SourceConfig(
+            path=source.path,
+            weight=source.weight,
+            format=source.format or config.format,
+            columns=common | source.columns,
+            subset=source.subset or config.subset,
+            split=source.split or config.split,
+        )
+        for source in given
+    ]
 
 
 def load_documents(config: DataConfig) -> Dataset | IterableDataset:
-    """Opens the documents that `data.path` names.
+    """Opens the documents that `data.path` or `data.sources` names.
 
     Returns:
-        A dataset of `text` and `source` columns; an `IterableDataset` with `data.streaming`.
+        A dataset of `FEATURES`: a document, the number of its source as `part`, and its `problem` if it has one that
+        is to be counted; an `IterableDataset` with `data.streaming`.
 
     Raises:
-        DataError: for text that cannot be read, naming file and line, or when there is none.
+        DataError: for rows that cannot be read, naming file and line, or when there is none.
         MachineError: when a hub dataset cannot be reached.
     """
-    path = Path(config.path).expanduser()
-    if config.path == "python_stdlib":
-        documents = _generate(_read_stdlib, {"root": sysconfig.get_paths()["stdlib"]}, config.streaming)
-    elif path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
-        documents = _open_saved(path, config)
-    elif path.exists():
-        files = _find_files(path)
-        stamps = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-        arguments = {"files": [str(file) for file in files], "text_field": config.text_field, "stamps": stamps}
-        documents = _generate(_read_files, arguments, config.streaming)
-    elif path.is_absolute() or path.suffix in SUFFIXES or config.path.count("/") > 1 or config.path.startswith("."):
-        raise DataError(f"data.path={config.path}: no such file or folder")
-    else:
-        documents = _open_hub(config)
-    if isinstance(documents, Dataset):
-        documents = documents.filter(_has_text, input_columns="text")
-        if not len(documents):
-            raise DataError(f"data.path={config.path}: no text in it")
-    return documents
+    opened = load_sources(config)
+    return opened[0] if len(opened) == 1 else concatenate_datasets(opened)
+
+
+def load_sources(config: DataConfig) -> list[Any]:
+    """Opens each source; see `load_documents`."""
+    opened = [_open(source, part, config) for part, source in enumerate(sources_of(config))]
+    if not config.streaming:
+        for source, documents in zip(sources_of(config), opened, strict=True):
+            found = problems_of(documents)
+            refuse(found, config)
+            if len(found) == len(documents):
+                what = "no text" if all(problem.startswith(BLANK) for _, problem in found) else "no usable row"
+                raise DataError(f"data.path={source.path}: {what} in it")
+    return opened
+
+
+def is_tolerated(problem: str, config: DataConfig) -> bool:
+    """Says whether a document with this problem is left out and counted, rather than an error."""
+    kind = problem.partition(":")[0]
+    if kind == "too long":
+        return config.too_long == "skip"
+    return kind == BLANK or config.bad_rows == "skip"
+
+
+def refuse(found: list[tuple[str, str]], config: DataConfig) -> None:
+    """Refuses problems that are not tolerated.
+
+    Args:
+        found: place and problem of each.
+        config: says which are.
+
+    Raises:
+        DataError: naming the first, and how many of which kind there are.
+    """
+    refused = [(source, problem) for source, problem in found if not is_tolerated(problem, config)]
+    if not refused:
+        return
+    source, problem = refused[0]
+    kinds = Counter(problem.partition(":")[0] for _, problem in refused)
+    more = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    hint = (
+        f" (bad rows: {more}; inspect_data lists them, data.bad_rows=skip leaves them out)" if len(refused) > 1 else ""
+    )
+    raise DataError(f"{source}: {problem}{hint}")
+
+
+def column(documents: Dataset, name: str) -> pa.ChunkedArray:
+    """Returns one column of a dataset, in the dataset's order."""
+    return documents.select_columns([name]).with_format("arrow")[:].column(name)
+
+
+def problems_of(documents: Dataset) -> list[tuple[str, str]]:
+    """Lists place and problem of the documents that have one."""
+    found = np.flatnonzero(column(documents, "problem").is_valid().to_numpy())
+    rows = documents.select_columns(["source", "problem"]).select(found)
+    return [(row["source"], row["problem"]) for row in rows]
+
+
+def usable(documents: Dataset) -> Dataset:
+    """Returns the documents that have no problem."""
+    return documents.select(np.flatnonzero(column(documents, "problem").is_null().to_numpy()))
 
 
 def split_documents(documents: Dataset, fraction: float, most: int) -> tuple[Dataset, Dataset]:
     """Divides documents into those to train on and those held out.
 
     The held-out ones are those whose text has the lowest hash: a choice that depends on nothing else, and
-    that keeps equal texts on one side. Of a single document the end is held out.
+    that keeps equal texts on one side. Of a single text the end is held out. Those with a problem are not held out.
 
     Args:
         documents: all of them.
@@ -73,14 +163,19 @@ def split_documents(documents: Dataset, fraction: float, most: int) -> tuple[Dat
     Raises:
         DataError: when all texts are the same.
     """
-    if len(documents) == 1:
-        return _split_text(documents[0], fraction)
-    hashes = np.asarray([_hash(text) for text in documents["text"]], dtype=np.uint64)
+    usable = np.flatnonzero(column(documents, "problem").is_null().to_numpy())
+    if len(usable) == 1:
+        return _split_text(documents[int(usable[0])], fraction)
+    batches = documents.select_columns(["text"]).with_format("arrow").iter(1000)
+    texts = (text for batch in batches for text in batch.column("text").to_pylist())
+    hashes = np.fromiter(map(_hash, texts), dtype=np.uint64, count=len(documents))[usable]
     count = min(max(1, round(fraction * len(hashes))), most)
     held_out = hashes <= np.partition(hashes, count - 1)[count - 1]
     if held_out.all():
         raise DataError("data.path: every document has the same text, so none can be held out")
-    return documents.select(np.flatnonzero(~held_out)), documents.select(np.flatnonzero(held_out))
+    is_training = np.ones(len(documents), dtype=bool)
+    is_training[usable[held_out]] = False
+    return documents.select(np.flatnonzero(is_training)), documents.select(usable[held_out])
 
 
 def split_stream(documents: IterableDataset, fraction: float, count: int) -> tuple[IterableDataset, Dataset]:
@@ -92,17 +187,13 @@ def split_stream(documents: IterableDataset, fraction: float, count: int) -> tup
         DataError: when no document is held out, or none is left to train on.
     """
     limit = int(fraction * 2**64)
-    held_out = list(documents.filter(lambda row: _has_text(row["text"]) and _hash(row["text"]) < limit).take(count))
-    training = documents.filter(lambda row: _has_text(row["text"]) and _hash(row["text"]) >= limit)
+    held_out = list(documents.filter(lambda row: row["problem"] is None and _hash(row["text"]) < limit).take(count))
+    training = documents.filter(lambda row: row["problem"] is not None or _hash(row["text"]) >= limit)
     if not held_out:
         raise DataError(f"data.held_out_fraction={fraction} holds out no document of the stream: raise it")
-    if not list(training.take(1)):
-        raise DataError("data.path: no text to train on")
+    if all(row["problem"] is not None for row in training.take(1000)):
+        raise DataError("data.path: nothing to train on")
     return training, Dataset.from_list(held_out, features=FEATURES)
-
-
-def _has_text(text: str) -> bool:
-    return bool(text.strip())
 
 
 def _hash(text: str) -> int:
@@ -110,137 +201,168 @@ def _hash(text: str) -> int:
 
 
 def _split_text(row: dict[str, Any], fraction: float) -> tuple[Dataset, Dataset]:
+    if row["format"] != "text":
+        raise DataError(f"{row['source']}: this sample is the only one: name others in data.held_out_path")
     text = row["text"]
     cut = min(max(1, round(len(text) * (1 - fraction))), len(text) - 1)
-    if not (cut > 0 and _has_text(text[:cut]) and _has_text(text[cut:])):
+    if not (cut > 0 and text[:cut].strip() and text[cut:].strip()):
         raise DataError(f"{row['source']}: too short to hold out any of it")
-    parts = ({"text": part, "source": row["source"]} for part in (text[:cut], text[cut:]))
-    training, held_out = (Dataset.from_list([part], features=FEATURES) for part in parts)
+    training, held_out = (
+        Dataset.from_list([row | {"text": part}], features=FEATURES) for part in (text[:cut], text[cut:])
+    )
     return training, held_out
 
 
-def _generate(read: Any, arguments: dict[str, Any], streaming: bool) -> Dataset | IterableDataset:
+def _open(source: SourceConfig, part: int, config: DataConfig) -> Dataset | IterableDataset:
+    path = Path(source.path).expanduser()
+    strict = config.streaming and config.bad_rows == "error"
+    if source.path == "python_stdlib":
+        return _generate(_read_stdlib, {"root": sysconfig.get_paths()["stdlib"], "part": part}, config.streaming)
+    if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
+        return _from_dataset(_open_saved(path, source, config.streaming), source, part, strict, config.workers)
+    if path.exists():
+        found = _find_files(path)
+        stamps = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in found]
+        arguments = {"files": [str(file) for file in found], "stamps": stamps, "source": asdict(source)}
+        return _generate(_read_files, arguments | {"part": part, "strict": strict}, config.streaming)
+    if path.is_absolute() or path.suffix in files.READERS or source.path.count("/") > 1 or source.path.startswith("."):
+        raise DataError(f"data.path={source.path}: no such file or folder")
+    return _from_dataset(_open_hub(source, config.streaming), source, part, strict, config.workers)
+
+
+def _generate(read: Read, arguments: dict[str, Any], streaming: bool) -> Dataset | IterableDataset:
+    """Reads documents as they are needed, or once into an Arrow file that serves until files or reader change."""
     if streaming:
         return IterableDataset.from_generator(read, features=FEATURES, gen_kwargs=arguments)
-    if next(read(**arguments), None) is None:  # which `datasets` cannot store
-        return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
-    recipe = json.dumps([Path(__file__).read_text(encoding="utf-8"), sys.version, read.__name__, arguments])
-    fingerprint = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()  # cached until files or reader change
-    try:
-        return Dataset.from_generator(read, features=FEATURES, gen_kwargs=arguments, fingerprint=fingerprint)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
+    code = [Path(inspect.getfile(module)).read_text(encoding="utf-8") for module in (files, formats)]
+    code.append(Path(__file__).read_text(encoding="utf-8"))
+    recipe = json.dumps([code, sys.version, read.__name__, arguments])
+    key = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "cierzo" / f"{key}.arrow"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            _write(partial, read(**arguments))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    documents = Dataset.from_file(str(path))
+    documents._fingerprint = key
+    return documents
+
+
+def _write(path: Path, documents: Iterator[dict[str, Any]]) -> None:
+    schema = FEATURES.arrow_schema
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        progress = tqdm(unit=" documents", desc="reading")
+        while batch := list(islice(documents, 1000)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+            progress.update(len(batch))
+        progress.close()
 
 
 def _find_files(path: Path) -> list[Path]:
-    """Lists a file, or the .txt and .jsonl files below a folder in sorted order."""
+    """Lists a file, or the files of known kinds below a folder in sorted order."""
+    kinds = ", ".join(files.READERS)
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"data.path={path}: expected a .txt or .jsonl file")
+        if path.suffix.lower() not in files.READERS:
+            raise DataError(f"data.path={path}: expected a file that ends in one of {kinds}")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        raise DataError(f"data.path={path}: no .txt or .jsonl file in this folder")
-    return files
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in files.READERS and file.is_file())
+    if not found:
+        raise DataError(f"data.path={path}: no file in this folder ends in one of {kinds}")
+    return found
 
 
-def _read_files(files: list[str], text_field: str, stamps: list[str]) -> Iterator[dict[str, str]]:
-    """Yields the documents of files; `stamps`, their sizes and times, tell `datasets` when to read anew."""
-    for file in files:
-        if file.lower().endswith(".jsonl"):
-            yield from _read_jsonl(Path(file), text_field)
-        else:
-            raw = Path(file).read_bytes()
-            yield {"text": _decode(raw, f"{file}:{_line_of_bad_byte(raw)}"), "source": file}
+def _schema(source: dict[str, Any]) -> Schema:
+    """Says how a source's rows are read."""
+    return Schema(source["format"], source["columns"])
 
 
-def _read_jsonl(file: Path, text_field: str) -> Iterator[dict[str, str]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}:{number}"
-            text = _decode(line, where)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not readable JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: expected an object with a field {text_field!r}, found {type(row).__name__}")
-            if text_field not in row:
-                raise DataError(
-                    f"{where}: no field {text_field!r}; it has {', '.join(sorted(row)) or 'none'}; set data.text_field"
-                )
-            if not isinstance(row[text_field], str):
-                raise DataError(f"{where}: field {text_field!r} holds {type(row[text_field]).__name__}, not text")
-            if not row[text_field].isascii() and any("\ud800" <= letter <= "\udfff" for letter in row[text_field]):
-                raise DataError(f"{where}: field {text_field!r} holds half a character (a lone surrogate escape)")
-            yield {"text": row[text_field], "source": where}
+def _read_files(
+    files: list[str], stamps: list[str], source: dict[str, Any], part: int, strict: bool
+) -> Iterator[dict[str, Any]]:
+    """Yields the documents of files; `stamps`, their sizes and times, tell the cache when to read anew."""
+    rows = (place for file in files for place in read_rows(Path(file)))
+    yield from _documents(rows, _schema(source), part, strict)
 
 
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+def _documents(rows: files.Rows, schema: Schema, part: int, strict: bool) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a source as documents.
+
+    Raises:
+        DataError: where no format fits the first, and if `strict` for the first with a problem.
+    """
+    for where, row in rows:
+        if isinstance(row, Mapping):
+            schema = schema.recognised(row, where)
+        document = as_document(row, where, schema) | {"part": part}
+        problem = document["problem"]
+        if strict and problem is not None and not problem.startswith(BLANK):
+            raise DataError(f"{where}: {problem}")
+        yield document
 
 
-def _line_of_bad_byte(raw: bytes) -> int:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return raw.count(b"\n", 0, error.start) + 1
-    return 1
-
-
-def _read_stdlib(root: str) -> Iterator[dict[str, str]]:
+def _read_stdlib(root: str, part: int) -> Iterator[dict[str, Any]]:
     """Yields the interpreter's help topics and its source files, without tests and installed packages."""
+    rows = ((place, {"text": text}) for place, text in _read_library(Path(root)))
+    yield from _documents(rows, Schema("text", {}), part, strict=False)
+
+
+def _read_library(root: Path) -> Iterator[tuple[str, str]]:
     for topic, text in sorted(pydoc_data.topics.topics.items()):
-        yield {"text": text, "source": f"topic {topic}"}
+        yield f"topic {topic}", text
     skip = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
-    for file in sorted(Path(root).rglob("*.py")):
+    for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root)
         if skip.isdisjoint(name.parts):
             with tokenize.open(file) as lines:  # honours a file's own encoding
-                yield {"text": lines.read(), "source": name.as_posix()}
+                yield name.as_posix(), lines.read()
 
 
-def _open_saved(path: Path, config: DataConfig) -> Dataset | IterableDataset:
+def _open_saved(path: Path, source: SourceConfig, streaming: bool) -> Dataset | IterableDataset:
     saved = load_from_disk(str(path))
     if isinstance(saved, DatasetDict):
-        if config.split not in saved:
-            raise DataError(f"data.split={config.split}: {path} has {' | '.join(saved)}")
-        saved = saved[config.split]
-    return _text_column(saved.to_iterable_dataset() if config.streaming else saved, config)
+        if source.split not in saved:
+            raise DataError(f"data.split={source.split}: {path} has {' | '.join(saved)}")
+        saved = saved[source.split]
+    return saved.to_iterable_dataset() if streaming else saved
 
 
-def _open_hub(config: DataConfig) -> Dataset | IterableDataset:
-    require_hub(f"data.path={config.path}")
+def _open_hub(source: SourceConfig, streaming: bool) -> Dataset | IterableDataset:
+    require_hub(f"data.path={source.path}")
     try:
-        loaded = load_dataset(config.path, config.subset, split=config.split, streaming=config.streaming)
+        return load_dataset(source.path, source.subset, split=source.split, streaming=streaming)
     except DatasetNotFoundError as error:
         raise DataError(
-            f"data.path={config.path}: no such file or folder, and no such dataset on the hub ({error})"
+            f"data.path={source.path}: no such file or folder, and no such dataset on the hub ({error})"
         ) from None
     except ValueError as error:  # an unknown subset or split
-        raise DataError(f"data.path={config.path}: {error}") from None
+        raise DataError(f"data.path={source.path}: {error}") from None
     except OSError as error:
         raise MachineError(
-            f"data.path={config.path}: no such file or folder, and the hub cannot be reached ({error})"
+            f"data.path={source.path}: no such file or folder, and the hub cannot be reached ({error})"
         ) from None
-    return _text_column(loaded, config)
 
 
-def _text_column(documents: Dataset | IterableDataset, config: DataConfig) -> Dataset | IterableDataset:
-    columns = documents.column_names
-    if columns is not None and config.text_field not in columns:
-        raise DataError(f"data.text_field={config.text_field}: {config.path} has the columns {', '.join(columns)}")
+def _from_dataset(
+    rows: Dataset | IterableDataset, source: SourceConfig, part: int, strict: bool, workers: int
+) -> Dataset | IterableDataset:
+    """Brings the rows of a dataset into the form of documents."""
+    first = next(iter(rows), None)
+    if first is None:
+        raise DataError(f"data.path={source.path}: no text in it")
+    schema = _schema(asdict(source)).recognised(first, f"{source.path}:0")
 
-    def take(row: dict[str, Any], index: int) -> dict[str, str]:
-        return {"text": row[config.text_field] or "", "source": f"{config.path}:{index}"}
+    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        columns = batch.values()
+        rows = (dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True))
+        places = ((f"{source.path}:{index}", row) for index, row in zip(indices, rows, strict=True))
+        documents = list(_documents(places, schema, part, strict))
+        return {name: [document[name] for document in documents] for name in FEATURES}
 
-    return documents.map(take, with_indices=True, remove_columns=columns, features=FEATURES)
+    options = {"with_indices": True, "batched": True, "remove_columns": list(first), "features": FEATURES}
+    if isinstance(rows, Dataset):
+        options |= {"num_proc": workers if workers > 1 else None, "desc": "reading"}
+    return rows.map(convert, **options)

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from train.data.formats import texts_of
 from train.data.hub import require_hub
 from train.errors import ConfigError, MachineError
 
@@ -31,13 +34,16 @@ INSTRUCT_TEMPLATE = """\
 """
 
 
-def open_tokenizer(name: str, vocab_size: int, corpus: Dataset | None = None) -> PreTrainedTokenizerBase:
+def open_tokenizer(
+    name: str, vocab_size: int, corpus: Dataset | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
     """Opens or trains the tokenizer that `data.tokenizer` names.
 
     Args:
         name: `mixtral`, `train_bpe`, a folder or a hub id.
         vocab_size: V of the model.
         corpus: the training documents, for `train_bpe`.
+        chat_template: to give it; see `give_template`.
 
     Returns:
         A tokenizer with begin and end tokens, no larger than the embedding.
@@ -70,6 +76,7 @@ def open_tokenizer(name: str, vocab_size: int, corpus: Dataset | None = None) ->
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"data.tokenizer={name} has no end token, which marks the border between documents")
+    give_template(tokenizer, chat_template)
     return tokenizer
 
 
@@ -78,6 +85,8 @@ def document_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
 
     A "</s>" in a text is text: it becomes the ids of its characters, not the end token.
     """
+    if not texts:
+        return []
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
     return [[*begin, *ids, tokenizer.eos_token_id] for ids in tokenizer(texts, **options, verbose=False)["input_ids"]]
@@ -87,7 +96,7 @@ def train_bpe(corpus: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE, which represents every text exactly.
 
     Args:
-        corpus: documents with a `text` column.
+        corpus: documents.
         vocab_size: number of tokens, special ones included; a small corpus may yield fewer.
 
     Raises:
@@ -108,7 +117,8 @@ def train_bpe(corpus: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
 
     def batches() -> Iterator[list[str]]:
         for start in range(0, len(corpus), 256):
-            yield corpus[start : start + 256]["text"]
+            rows = corpus.select(range(start, min(start + 256, len(corpus))))
+            yield [text for document in rows for text in texts_of(document)]
 
     tokenizer.train_from_iterator(batches(), trainer=trainer, length=len(corpus))
     return _wrap(tokenizer)
@@ -178,6 +188,24 @@ def add_instruct_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.convert_tokens_to_ids("[INST]") not in (None, tokenizer.unk_token_id):
         raise ConfigError("the tokenizer has a token [INST], so Mixtral-8x7B-Instruct's chat template does not fit it")
     tokenizer.chat_template = INSTRUCT_TEMPLATE
+
+
+def give_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
+    """Gives a tokenizer the chat template that `data.chat_template` names.
+
+    Raises:
+        ConfigError: when it cannot be read, or does not fit.
+    """
+    if choice == "mixtral":
+        add_instruct_template(tokenizer)
+    elif choice not in (None, "none"):
+        assert choice is not None
+        try:
+            template = Path(choice).expanduser().read_text(encoding="utf-8")
+            render_jinja_template([], chat_template=template)  # compiles it
+        except (OSError, UnicodeDecodeError, TemplateError) as error:
+            raise ConfigError(f"data.chat_template={choice}: no template that can be read ({error})") from None
+        tokenizer.chat_template = template
 
 
 def _wrap(tokenizer: Tokenizer, special: Sequence[str] = (UNKNOWN, BEGIN, END)) -> PreTrainedTokenizerFast:

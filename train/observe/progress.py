@@ -26,7 +26,7 @@ def header(config: Config, model: MixtralConfig, size: str, max_steps: int, proc
     lines = {
         "model": f"Mixtral, {count(parameters.total)} parameters, {count(parameters.active)} active per token: "
         f"{model.num_hidden_layers} layers, {model.num_local_experts} experts, top-{model.num_experts_per_tok}",
-        "data": f"{data.path}: {size}; rows of {data.sequence_length}, tokenizer {data.tokenizer}",
+        "data": f"{data.names}: {size}; rows of {data.sequence_length}, tokenizer {data.tokenizer}",
         "step": f"{count(rows * data.sequence_length)} tokens: {plural} x {train.micro_batch_size} rows x "
         f"{train.gradient_accumulation_steps} accumulated",
         "run": f"{max_steps} steps in {train.precision} on {processes} x {device}",

@@ -1,0 +1,144 @@
+"""The rows of files, each with its file and line."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from train.data.formats import RowError
+from train.errors import DataError
+
+Rows = Iterator[tuple[str, Any]]  # where it is, and the row or the `RowError` in its place
+
+
+def read_rows(file: Path) -> Rows:
+    """Yields the rows of a file, whose suffix names its kind.
+
+    Raises:
+        DataError: where what follows cannot be read either.
+    """
+    return READERS[file.suffix.lower()](file)
+
+
+def _read_text(file: Path) -> Rows:
+    raw = file.read_bytes()
+    try:
+        yield str(file), {"text": _decode(raw)}
+    except RowError as bad:
+        yield f"{file}:{_line_of_bad_byte(raw)}", bad
+
+
+def _read_lines(file: Path) -> Rows:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{file}:{number}", _parse(line)
+
+
+def _parse(line: bytes) -> Any:
+    """Parses a line of JSON; returns the `RowError` that it is otherwise."""
+    try:
+        return json.loads(_decode(line))
+    except RowError as bad:
+        return bad
+    except json.JSONDecodeError as error:
+        return RowError("not JSON", f"{error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return RowError("not readable JSON", str(error))
+
+
+def _read_json(file: Path) -> Rows:
+    """Reads a list of objects; a file that begins otherwise is taken for one object a line."""
+    with file.open("rb") as head:
+        if not head.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            yield from _read_lines(file)
+            return
+    try:
+        text = _decode(file.read_bytes())
+    except RowError as bad:
+        raise DataError(f"{file}: {bad}") from None
+    decoder, at, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    try:
+        while (at := _skip(text, at)) < len(text) and text[at] != "]":
+            line, counted = line + text.count("\n", counted, at), at
+            row, end = decoder.raw_decode(text, at)
+            yield f"{file}:{line}", row
+            end = _skip(text, end)
+            if text[end : end + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
+            at = end + (text[end] == ",")
+        if _skip(text, at + 1) != len(text) or text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting one list of rows", text, at)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}:{line}: not readable JSON: {error}") from None
+
+
+def _skip(text: str, at: int) -> int:
+    """Returns the place of the next character that is no white space."""
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _read_csv(file: Path) -> Rows:
+    csv.field_size_limit(sys.maxsize)
+    with file.open("rb") as raw:
+        try:
+            rows = csv.DictReader(map(_decode, raw), strict=True)
+            _ = rows.fieldnames
+            line = rows.line_num + 1
+            for row in rows:
+                width = len(rows.fieldnames or ())
+                extra = row.pop(None, ())
+                found = sum(value is not None for value in row.values()) + len(extra)
+                bad = RowError(
+                    "wrong number of cells", f"{found}, and the header names {width}: quote what holds commas"
+                )
+                yield f"{file}:{line}", row if found == width else bad
+                line = rows.line_num + 1
+        except RowError as bad:
+            raise DataError(f"{file}:{rows.line_num + 1}: {bad}") from None
+        except csv.Error as error:
+            raise DataError(f"{file}:{rows.line_num}: not CSV: {error}") from None
+
+
+def _read_parquet(file: Path) -> Rows:
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}:{number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError("not UTF-8", f"{error.reason} at byte {error.start}; save it as UTF-8") from None
+
+
+def _line_of_bad_byte(raw: bytes) -> int:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return raw.count(b"\n", 0, error.start) + 1
+    return 1
+
+
+READERS = {
+    ".txt": _read_text,
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
