@@ -13,13 +13,14 @@ usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
        python -m train ...
        torchrun --nproc_per_node N -m train ...
        torchrun --nproc_per_node N -m train.verify ...    (compares the layout with one process)
+       cierzo inspect_data ...    (checks and describes the data of a recipe; trains nothing)
        cierzo convert --input_dir FOLDER --output_dir FOLDER    (weights; see cierzo convert --help)
        cierzo export adapter=FOLDER output_dir=FOLDER    (merges an adapter into its base; see cierzo export --help)
        cierzo keys    (lists every key, its default and what it may be)
 
 The recipe is applied after the defaults, the command line last.
 """
-VERBS = ("train", "verify", "convert", "export", "keys")
+VERBS = ("train", "verify", "inspect_data", "convert", "export", "keys")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(table())
             return 0
+        if verb == "inspect_data":
+            from train.inspect_data import inspect_data
+
+            return inspect_data(rest)
         from train.compose import compose
         from train.config import check_training
         from train.folder import refuse_used

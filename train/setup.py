@@ -61,6 +61,11 @@ def signals_as_errors() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def folder_name(composed: Composed) -> str:
+    """Gives `run.dir`, or a name made of recipe and time."""
+    return composed.config.run.dir or f"runs/{composed.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
     """Opens the run folder on the main process and describes the run in it; None on the others.
 
@@ -70,8 +75,7 @@ def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
     opened: list[RunFolder] = []
 
     def open_folder() -> None:
-        name = composed.config.run.dir or f"runs/{composed.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = RunFolder(Path(name).expanduser().resolve())
+        folder = RunFolder(Path(folder_name(composed)).expanduser().resolve())
         composed.config.run.dir = str(folder.path)
         folder.describe(composed, engine.world_size, _device_name(engine.device))
         opened.append(folder)

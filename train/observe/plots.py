@@ -88,3 +88,15 @@ def draw_expert_load(rows: list[dict[str, Any]], target: Path) -> None:
     figure.supylabel("expert", fontsize=10)
     figure.colorbar(image, ax=axes, label="load, 1 = an equal share", extend="max", shrink=0.9)
     figure.savefig(target, dpi=110)
+
+
+def draw_lengths(lengths: np.ndarray, sequence_length: int, target: Path) -> None:
+    """Draws how many documents are how long, and where a row ends."""
+    figure, axes = _figure(8, 4)
+    axes.hist(lengths, bins=min(60, int(lengths.max())), color="tab:blue")
+    axes.axvline(sequence_length, color="tab:orange", label=f"a row, {sequence_length:,} tokens")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("documents")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=110)
