@@ -25,7 +25,7 @@ def test_every_choice_of_every_group_composes():
 
 
 def test_every_recipe_composes_and_says_in_its_first_line_what_it_is():
-    assert len(recipes()) == 2
+    assert len(recipes()) == 3
     for name, path in recipes().items():
         assert compose([f"recipe={name}"]).config.train.max_steps
         assert path.read_text().startswith("# ")
