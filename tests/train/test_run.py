@@ -202,7 +202,7 @@ REFUSED = {
     "empty file": (b"", "no text in it", 3),
     "blank lines": (b"\n\n \n", "no text in it", 3),
     "not UTF-8": (b'{"text": "\xe9"}\n', "corpus.jsonl:1: not UTF-8", 3),
-    "missing field": (b'{"text": "a"}\n{"body": "b"}\n', "corpus.jsonl:2: no field 'text'", 3),
+    "missing field": (b'{"text": "a"}\n{"body": "b"}\n', "corpus.jsonl:2: missing column: no 'text'", 3),
     "broken line": (b'{"text": "a"}\n{"text": "b"\n', "corpus.jsonl:2: not JSON", 3),
 }
 
