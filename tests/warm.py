@@ -36,6 +36,7 @@ MODULES = (
     "train.verify.verb",
     "train.parallel.replicated",
     "train.parallel.zero",
+    "peft",
     "deepspeed.runtime.zero.muon.original_muon",  # with all of torch's compiler, whenever an optimizer is given
 )
 AT_IMPORT = ("CUDA_", "DS_", "HF_", "MKL_", "OMP_", "PYTHON", "TORCH_", "TRANSFORMERS_")

@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 from train.compose import Composed
 from train.config import Config
-from train.data.loader import open_documents, pack
-from train.data.tokenizer import open_tokenizer
 from train.errors import StopSignal, UserError, report
 from train.finish import finish
 from train.folder import RunFolder
@@ -17,7 +15,7 @@ from train.observe.progress import header
 from train.observe.trackers import open_tracker
 from train.parallel.engine import Engine
 from train.parallel.layout import open_engine
-from train.setup import choose_folder, number_of_steps, quiet_libraries, signals_as_errors
+from train.setup import choose_folder, number_of_steps, open_data, quiet_libraries, signals_as_errors
 
 Work = Callable[[Engine, RunFolder | None, Config], str]
 
@@ -49,13 +47,7 @@ def run(composed: Composed, work: Work | None = None) -> int:
 def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
     engine.first_on_each_host(lambda: find_weights(config.model))
-    training, held_out = engine.first_on_each_host(lambda: open_documents(config.data))
-    tokenizer = engine.on_main(
-        lambda: open_tokenizer(config.data.tokenizer, config.model.vocab_size, training, config.data.chat_template)
-    )
-    if folder:
-        tokenizer.save_pretrained(folder.path / "tokenizer")
-    data = engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
+    tokenizer, data = open_data(engine, folder, config)
     max_steps = number_of_steps(config, data, engine.world_size)
 
     model = trainable_model(config, model_config(config.model, tokenizer))

@@ -13,10 +13,12 @@ from types import FrameType
 import datasets
 import torch
 import transformers
+from transformers import PreTrainedTokenizerBase
 
 from train.compose import Composed
 from train.config import Config
-from train.data.loader import Data, Share
+from train.data.loader import Data, Share, open_documents, pack
+from train.data.tokenizer import open_tokenizer
 from train.errors import StopSignal
 from train.folder import RunFolder
 from train.parallel.engine import Engine
@@ -82,6 +84,16 @@ def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
 
     engine.on_main(open_folder)
     return opened[0] if opened else None
+
+
+def open_data(engine: Engine, folder: RunFolder | None, config: Config) -> tuple[PreTrainedTokenizerBase, Data]:
+    """Opens documents and tokenizer and packs them into rows; the main process keeps the tokenizer in its folder."""
+    source, vocabulary = config.data, config.model.vocab_size
+    training, held_out = engine.first_on_each_host(lambda: open_documents(source))
+    tokenizer = engine.on_main(lambda: open_tokenizer(source.tokenizer, vocabulary, training, source.chat_template))
+    if folder:
+        tokenizer.save_pretrained(folder.path / "tokenizer")
+    return tokenizer, engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
 
 
 def number_of_steps(config: Config, data: Data, world_size: int) -> int:
