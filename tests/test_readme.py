@@ -23,7 +23,7 @@ def test_every_recipe_is_in_the_table():
 
 def test_every_picture_and_script_is_there():
     named = re.findall(r"\]\((launch/[^)]+)\)", README) + re.findall(r"bash (launch/\S+)", README)
-    assert len(named) == 6
+    assert len(named) == 7
     assert all((ROOT / name).is_file() for name in named)
 
 

@@ -3,8 +3,12 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.errors import ConfigError, UserError, report
+
+if TYPE_CHECKING:
+    from train.compose import Composed
 
 USAGE = """\
 Cierzo trains Mixtral-style sparse mixtures of experts.
@@ -63,17 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from train.inspect_data import inspect_data
 
             return inspect_data(rest)
-        from train.compose import compose
-        from train.config import check_training
-        from train.folder import refuse_used
-        from train.parallel.launcher import check_launch, is_first
-
-        composed = compose(rest)
-        if verb == "train":
-            check_training(composed.config)
-        check_launch(composed.config)
-        if composed.config.run.dir and is_first():
-            refuse_used(Path(composed.config.run.dir).expanduser())
+        composed = _compose(verb, rest)
     except UserError as error:
         report(error, met=False)
         return error.code
@@ -85,6 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         shrink(composed.config)
         return run(composed, verify)
     return run(composed)
+
+
+def _compose(verb: str, words: Sequence[str]) -> "Composed":
+    """Composes a run's configuration, and refuses what can be seen to fail before torch is imported."""
+    from train.compose import compose
+    from train.config import check_training
+    from train.folder import refuse_early
+    from train.parallel.launcher import check_launch, is_first
+
+    composed = compose(words)
+    if verb == "train":
+        check_training(composed.config)
+    check_launch(composed.config)
+    if composed.config.run.dir and is_first():
+        refuse_early(Path(composed.config.run.dir).expanduser())
+    return composed
 
 
 def _help() -> str:

@@ -90,4 +90,5 @@ def report(error: UserError | StopSignal, *, met: bool) -> None:
     elif isinstance(error, UserError):
         with contextlib.suppress(StopSignal):  # which is how the launcher ends it
             time.sleep(LINGER_SECONDS)
-            print(f"error: process {rank}: {error}", file=sys.stderr, flush=True)
+            if met:
+                print(f"error: process {rank}: {error}", file=sys.stderr, flush=True)

@@ -43,6 +43,22 @@ def refuse_used(path: Path) -> None:
         raise MachineError(f"run.dir={path} holds files that are no run's: name a new or an empty folder")
 
 
+def refuse_early(path: Path) -> None:
+    """Refuses a used folder before anything heavy is imported; one that a living run holds is left to `RunFolder`.
+
+    Raises:
+        MachineError: as `refuse_used`.
+    """
+    try:
+        with (path / ".lock").open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    except OSError:
+        pass  # no lock, no run
+    refuse_used(path)
+
+
 class RunFolder:
     """A folder held by this process alone until it is closed.
 
