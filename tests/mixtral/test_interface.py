@@ -161,8 +161,9 @@ def test_flex_attention_equals_eager(make_model, window):
             with torch.no_grad():
                 results.append(model(input_ids, **arguments, use_cache=False).logits)
         real = arguments.get("attention_mask", torch.ones(2, 12)).bool()
-        # 5e-5: the exponential that torch compiles is rougher on processors without AVX-512
-        assert (results[1] - results[0])[real].abs().max() <= 5e-5 * results[0].abs().max()
+        # the exponential that torch compiles is rougher on processors without AVX-512
+        bound = 1e-5 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 5e-5
+        assert (results[1] - results[0])[real].abs().max() <= bound * results[0].abs().max()
 
 
 @pytest.mark.parametrize("tied", [False, True])
