@@ -9,6 +9,7 @@ layer has them. DeepSpeed 0.19.8 needs a patch, here, to replace the layers of t
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -175,10 +176,10 @@ def let_autoep_replace_layers() -> None:
 def measure(kind: str, words: list[str], steps: int, precision: str) -> dict[str, Any]:
     """Trains on this rank; returns seconds and losses of the timed steps, memory, and bytes of the last one."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401  # its memory is no one's
     import torch
-    import transformers  # noqa: F401
 
+    for library in ("deepspeed", "transformers"):
+        importlib.import_module(library)  # their memory is no side's
     before = resident("VmRSS")
     counted = count_bytes()
     step = {"ours": our_step, "peer": peer_step}[kind](precision, *words)

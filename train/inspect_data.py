@@ -1,5 +1,6 @@
 """`cierzo inspect_data`: what a recipe's data comes to, row by row checked, without a model and without training."""
 
+import io
 import os
 import sys
 from collections import Counter
@@ -44,7 +45,8 @@ def inspect_data(words: list[str]) -> int:
 
         with signals_as_errors():
             quiet_libraries()
-            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+            if isinstance(sys.stdout, io.TextIOWrapper):  # of a terminal that cannot show every character
+                sys.stdout.reconfigure(errors="replace")
             folder = _open_folder(composed)
             outcome = ("done", 0, _inspect(composed.config, folder))
     except (UserError, StopSignal) as error:
