@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixtral.configuration import MixtralConfig
-from mixtral.ops.experts import expert_ffn
-from mixtral.ops.permute import combine_rows, sort_rows
+from mixtral.ops.experts import Assignment, Projection, expert_ffn
+from mixtral.ops.permute import sort_rows
 
 
 class Routing(NamedTuple):
@@ -67,9 +67,14 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.activation = config.activation
 
-    def forward(self, rows_RH: Tensor, counts_E: Tensor) -> Tensor:
-        """Sends rows that are sorted by expert, `counts_E[e]` of them for expert e, through their experts."""
-        return expert_ffn(rows_RH, counts_E, self.gate_up_proj, self.down_proj, self.activation)
+    def forward(self, x_TH: Tensor, assignment: Assignment) -> Tensor:
+        """Sends tokens through the experts that they are assigned to; returns (T, H), their weighted sums."""
+        gate_up, down = self.projections()
+        return expert_ffn(x_TH, assignment, gate_up, down, self.activation)
+
+    def projections(self) -> tuple[Projection, Projection]:
+        """Gives what maps H to gate and up, and what maps I back to H."""
+        return Projection(self.gate_up_proj), Projection(self.down_proj)
 
 
 Dispatcher = Callable[[Tensor, Routing, Experts], Tensor]
@@ -81,8 +86,7 @@ def dispatch_local(x_TH: Tensor, routing: Routing, experts: Experts) -> Tensor:
     No token is dropped, whatever the load. Returns (T, H).
     """
     order_R, counts_E = sort_rows(routing.experts_TK, num_experts=routing.logits_TE.shape[-1])
-    rows_RH = x_TH[order_R // routing.experts_TK.shape[-1]]
-    return combine_rows(experts(rows_RH, counts_E), order_R, routing.weights_TK)
+    return experts(x_TH, Assignment(order_R, counts_E, routing.weights_TK))
 
 
 class SparseMoeBlock(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mixtral import MixtralConfig, MixtralForCausalLM
 from mixtral.moe import Experts, Router, SparseMoeBlock
-from mixtral.ops.experts import LowRank, expert_ffn
+from mixtral.ops.experts import LowRank, Projection
 from mixtral.weights import WeightsError, names
 from mixtral.weights.adapters import Adapter, AdapterFolder, shapes
 from mixtral.weights.read import WeightFolder
@@ -50,11 +50,11 @@ class AdaptedExperts(Experts):
         self.down_lora_B = nn.Parameter(torch.empty(experts, hidden, adapter.rank))
         self.scale, self.dropout = adapter.scale, dropout
 
-    def forward(self, rows_RH: Tensor, counts_E: Tensor) -> Tensor:
+    def projections(self) -> tuple[Projection, Projection]:
         dropout = self.dropout if self.training else 0.0
         gate_up = LowRank(self.gate_up_lora_A, self.gate_up_lora_B, self.scale, dropout)
         down = LowRank(self.down_lora_A, self.down_lora_B, self.scale, dropout)
-        return expert_ffn(rows_RH, counts_E, self.gate_up_proj, self.down_proj, self.activation, gate_up, down)
+        return Projection(self.gate_up_proj, gate_up), Projection(self.down_proj, down)
 
 
 class AdaptedRouter(Router):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
+CPU_ROWS = 32
 
 
 def reference(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
@@ -63,20 +64,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden_TH.new_zeros((), dtype=accumulate)
         for start in range(0, len(hidden_TH), chunk):
             rows = slice(start, start + chunk)
-            labels = labels_T[rows]
-            trained = labels != IGNORE_INDEX
-            log_probabilities = F.linear(hidden_TH[rows], weight_VH).to(accumulate).log_softmax(dim=-1)
-            targets = labels.where(trained, 0).unsqueeze(-1)
-            total -= log_probabilities.gather(-1, targets).squeeze(-1).where(trained, 0.0).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            grad_logits = log_probabilities.exp_()
-            grad_logits.scatter_add_(-1, targets, grad_logits.new_full(targets.shape, -1.0))
-            grad_logits = grad_logits.mul_(trained.unsqueeze(-1)).to(hidden_TH.dtype)
+            logits = F.linear(hidden_TH[rows], weight_VH)
+            total += _to_gradient(logits, labels_T[rows], accumulate)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight_VH, out=grad_hidden[rows])
+                torch.mm(logits, weight_VH, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ hidden_TH[rows]
+                grad_weight += logits.t() @ hidden_TH[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VH.dtype
         return total
@@ -89,3 +82,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _to_gradient(logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums the cross-entropy, computed in a dtype, and puts its gradient in place of the logits.
+
+    On a CPU few rows at a time, so that what is computed of them stays in the cache.
+    """
+    total = logits_TV.new_zeros((), dtype=dtype)
+    for logits, labels in zip(
+        *(t.split(CPU_ROWS if t.is_cpu else len(t) or 1) for t in (logits_TV, labels_T)), strict=True
+    ):
+        trained = labels != IGNORE_INDEX
+        log_probabilities = logits.to(dtype).log_softmax(dim=-1)
+        targets = labels.where(trained, 0).unsqueeze(-1)
+        total -= log_probabilities.gather(-1, targets).squeeze(-1).where(trained, 0.0).sum()
+        gradient = log_probabilities.exp_()
+        gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, -1.0))
+        logits.copy_(gradient.mul_(trained.unsqueeze(-1)))
+    return total

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import silu
 
 from mixtral.ops import attention, cross_entropy, experts, windowed
-from mixtral.ops.permute import combine_rows, sort_rows
+from mixtral.ops.permute import gather_rows, place_of, sort_rows, spread_rows, weigh_rows
 from mixtral.ops.rope import apply_rope
 
 EXPERTS, HIDDEN, INNER = 4, 6, 5
@@ -15,52 +15,101 @@ def leaf(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+def assigned(counts, top_k=1):
+    """Assigns R / K tokens to K experts each, `counts` rows to each of them in all, by weights of their own."""
+    weights_TK = torch.rand(sum(counts) // top_k, top_k, dtype=torch.float64, requires_grad=True)
+    return experts.Assignment(torch.randperm(sum(counts)), torch.tensor(counts), weights_TK)
+
+
+def tokens_and_projections(assignment, rank=0):
+    inputs = [leaf(len(assignment.weights_TK), HIDDEN), assignment.weights_TK]
+    projections = []
+    for outputs, width in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
+        tensors = [leaf(EXPERTS, outputs, width), leaf(EXPERTS, rank, width), leaf(EXPERTS, outputs, rank)]
+        projections.append(experts.Projection(tensors[0], experts.LowRank(*tensors[1:], scale=0.7) if rank else None))
+        inputs += tensors if rank else tensors[:1]
+    return inputs, (inputs[0], assignment, *projections)
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["plain", "low-rank additions"])
+@pytest.mark.parametrize("activation", [silu, torch.nn.functional.gelu, torch.nn.Identity()])
 @pytest.mark.parametrize(
-    "counts",
-    [[3, 0, 4, 2], [0, 0, 0, 0], [1, 0, 0, 0], [0, 9, 0, 0]],
-    ids=["mixed", "no rows", "one row", "one expert"],
+    ("counts", "top_k"),
+    [
+        ([3, 0, 4, 2], 1),
+        ([3, 0, 5, 2], 2),
+        ([0, 0, 0, 0], 2),
+        ([1, 0, 0, 0], 1),
+        ([0, 9, 0, 0], 1),
+        ([33, 3, 64, 40], 2),
+    ],
+    ids=["each token once", "each token twice", "no rows", "one row", "one expert", "experts filled up"],
 )
-def test_experts_equal_their_reference_with_gradients(counts):
-    inputs = leaf(sum(counts), HIDDEN), leaf(EXPERTS, 2 * INNER, HIDDEN), leaf(EXPERTS, HIDDEN, INNER)
-    counts_E = torch.tensor(counts)
-    outputs = [op(inputs[0], counts_E, *inputs[1:], silu) for op in (experts.expert_ffn, experts.reference)]
-    assert torch.allclose(*outputs, rtol=1e-12)
+def test_experts_equal_their_reference_with_gradients(counts, top_k, activation, rank):
+    inputs, arguments = tokens_and_projections(assigned(counts, top_k), rank)
+    outputs = [op(*arguments, activation) for op in (experts.expert_ffn, experts.reference)]
+    assert torch.allclose(*outputs, rtol=1e-11)
     if sum(counts):
         upstream = torch.randn_like(outputs[0])
         gradients = [torch.autograd.grad(output, inputs, upstream) for output in outputs]
         for mine, other in zip(*gradients, strict=True):
-            assert torch.allclose(mine, other, rtol=1e-11)
-
-
-@pytest.mark.parametrize("counts", [[3, 0, 4, 2], [0, 0, 0, 0]], ids=["mixed", "no rows"])
-def test_experts_with_low_rank_additions_equal_their_reference_with_gradients(counts):
-    weights = leaf(sum(counts), HIDDEN), leaf(EXPERTS, 2 * INNER, HIDDEN), leaf(EXPERTS, HIDDEN, INNER)
-    pairs = leaf(EXPERTS, 2, HIDDEN), leaf(EXPERTS, 2 * INNER, 2), leaf(EXPERTS, 2, INNER), leaf(EXPERTS, HIDDEN, 2)
-    additions = experts.LowRank(*pairs[:2], scale=0.7), experts.LowRank(*pairs[2:], scale=0.7)
-    rows, counts_E = weights[0], torch.tensor(counts)
-    outputs = [op(rows, counts_E, *weights[1:], silu, *additions) for op in (experts.expert_ffn, experts.reference)]
-    assert torch.allclose(*outputs, rtol=1e-11)
-    if sum(counts):
-        upstream = torch.randn_like(outputs[0])
-        gradients = [torch.autograd.grad(output, [*weights, *pairs], upstream) for output in outputs]
-        for mine, other in zip(*gradients, strict=True):
             assert torch.allclose(mine, other, rtol=1e-10)
+
+
+def test_frozen_experts_pass_the_gradient_on():
+    inputs, (x_TH, assignment, gate_up, down) = tokens_and_projections(assigned([3, 0, 5, 2], 2))
+    frozen = experts.Projection(gate_up.weight_EYX.detach()), experts.Projection(down.weight_EYX.detach())
+    outputs = [op(x_TH, assignment, *frozen, silu) for op in (experts.expert_ffn, experts.reference)]
+    gradients = [torch.autograd.grad(output.sum(), inputs[:2]) for output in outputs]
+    for mine, other in zip(*gradients, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-10)
+
+
+def test_a_choice_that_weighs_nothing_leaves_every_gradient_finite():
+    inputs, arguments = tokens_and_projections(assigned([3, 0, 5, 2], 2))
+    with torch.no_grad():
+        arguments[1].weights_TK[0, 1] = 0
+    gradients = torch.autograd.grad(experts.expert_ffn(*arguments, silu).sum(), inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_dropout_of_a_low_rank_addition_spares_the_projection_and_keeps_the_mean():
     rows, eye = torch.ones(2000, HIDDEN).double(), torch.eye(HIDDEN).double()[None]
-    gate_up, counts = torch.cat([eye, eye], dim=1), torch.tensor([2000])
+    gate_up = torch.cat([eye, eye], dim=1)
     addition = experts.LowRank(eye, 100 * gate_up, scale=0.5, dropout=0.25)
-    values = experts.expert_ffn(rows, counts, gate_up, eye, torch.ones_like, addition)
+    assignment = experts.Assignment(torch.arange(2000), torch.tensor([2000]), torch.ones(2000, 1).double())
+    projections = experts.Projection(gate_up, addition), experts.Projection(eye)
+    values = experts.expert_ffn(rows, assignment, *projections, torch.ones_like)
     assert values.unique().tolist() == pytest.approx([1.0, 1 + 50 / 0.75])
     assert values.mean().item() == pytest.approx(51, rel=0.05)
 
 
+def test_dropout_of_a_low_rank_addition_has_the_gradient_of_what_it_computed():
+    inputs, (x_TH, assignment, *projections) = tokens_and_projections(assigned([3, 0, 4, 2]), rank=2)
+    dropping = [experts.Projection(p.weight_EYX, p.addition._replace(dropout=0.5)) for p in projections]
+
+    def same_draw(*_):
+        torch.manual_seed(3)
+        return experts.expert_ffn(x_TH, assignment, *dropping, silu)
+
+    assert torch.autograd.gradcheck(same_draw, inputs)
+
+
 def test_an_expert_without_rows_has_a_gradient_of_exactly_zero():
-    rows, gate_up, down = leaf(3, HIDDEN), leaf(EXPERTS, 2 * INNER, HIDDEN), leaf(EXPERTS, HIDDEN, INNER)
-    experts.expert_ffn(rows, torch.tensor([3, 0, 0, 0]), gate_up, down, silu).sum().backward()
+    (_, _, gate_up, down), arguments = tokens_and_projections(assigned([3, 0, 0, 0]))
+    experts.expert_ffn(*arguments, silu).sum().backward()
     assert (gate_up.grad[1:] == 0).all()
     assert (down.grad[1:] == 0).all()
+
+
+def test_experts_keep_for_backward_their_tokens_and_what_gate_and_up_gave():
+    assignment = assigned([320, 160, 64, 96], 2)
+    _, arguments = tokens_and_projections(assignment)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        experts.expert_ffn(*arguments, silu)
+    given = {tensor.data_ptr() for tensor in (arguments[0], *assignment, arguments[2][0], arguments[3][0])}
+    assert [tensor.numel() for tensor in kept if tensor.data_ptr() not in given] == [640 * 2 * INNER]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -115,8 +164,15 @@ def test_sorting_then_combining_weighs_every_row_once():
     order_R, counts_E = sort_rows(experts_TK, EXPERTS)
     assert counts_E.tolist() == [(experts_TK == expert).sum() for expert in range(EXPERTS)]
     assert (experts_TK.flatten()[order_R].diff() >= 0).all()
-    out = combine_rows(x_TH[order_R // top_k], order_R, weights_TK)
+    out = weigh_rows(x_TH[order_R // top_k], place_of(order_R), weights_TK)
     assert torch.allclose(out, x_TH * weights_TK.sum(-1, keepdim=True), rtol=1e-12)
+
+
+def test_spreading_and_gathering_rows_are_each_other_s_gradient():
+    order_R = torch.randperm(18)
+    assert torch.allclose(gather_rows(spread_rows(x_TH := leaf(9, HIDDEN), order_R, 2), order_R, 2), 2 * x_TH)
+    assert torch.autograd.gradcheck(lambda x: spread_rows(x, order_R, 2), leaf(9, HIDDEN))
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, order_R, 2), leaf(18, HIDDEN))
 
 
 def test_rope_depends_on_distance_alone():

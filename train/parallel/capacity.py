@@ -11,6 +11,7 @@ from deepspeed.moe.sharded_moe import MOELayer, topkgating
 from torch import Tensor
 
 from mixtral.moe import Experts, Routing
+from mixtral.ops.experts import Assignment
 from train.config import ParallelConfig
 from train.parallel.exchange import Traffic
 
@@ -62,6 +63,9 @@ class CapacityDispatcher:
     def _run_experts(self, buffers_PLCH: Tensor) -> Tensor:
         """Runs the buffers that arrived, of P ranks for L experts of capacity C, through their experts."""
         rows_LPCH = buffers_PLCH.transpose(0, 1)
-        counts_L = torch.full((len(rows_LPCH),), rows_LPCH[0, ..., 0].numel(), device=rows_LPCH.device)
-        out_RH = self._experts(rows_LPCH.flatten(0, 2), counts_L)
-        return out_RH.view_as(rows_LPCH).transpose(0, 1)
+        rows_RH = rows_LPCH.flatten(0, 2)
+        counts_L = torch.full((len(rows_LPCH),), rows_LPCH[0, ..., 0].numel(), device=rows_RH.device)
+        in_order = Assignment(
+            torch.arange(len(rows_RH), device=rows_RH.device), counts_L, rows_RH.new_ones(len(rows_RH), 1)
+        )
+        return self._experts(rows_RH, in_order).view_as(rows_LPCH).transpose(0, 1)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mixtral import MixtralConfig
 from mixtral.moe import Dispatcher, Experts, Router, Routing, SparseMoeBlock
-from mixtral.ops.permute import combine_rows, sort_rows
+from mixtral.ops.experts import Assignment
+from mixtral.ops.permute import gather_rows, sort_rows, spread_rows
 from train.config import ParallelConfig
 from train.parallel.capacity import CapacityDispatcher
 from train.parallel.exchange import Traffic, exchange_counts, exchange_rows
@@ -56,14 +57,19 @@ class ExpertParallelBlock(nn.Module):
 
         Every rank of the group must call it, with tokens or without. Returns (T, H).
         """
+        top_k = routing.experts_TK.shape[-1]
         order_R, counts_E = sort_rows(routing.experts_TK, num_experts=self.num_experts)
         arriving_PE = exchange_counts(counts_E, self.ep_group)
         leaving_P = counts_E.view(self.ep_size, -1).sum(dim=1)
         sends, receives = torch.stack([leaving_P, arriving_PE.sum(dim=1)]).tolist()
-        rows_RH = exchange_rows(x_TH[order_R // routing.experts_TK.shape[-1]], sends, receives, self.ep_group)
+        rows_RH = exchange_rows(spread_rows(x_TH, order_R, top_k), sends, receives, self.ep_group)
+        weights_R1 = spread_rows(routing.weights_TK.view(-1, 1), order_R, 1)
+        weights_R1 = exchange_rows(weights_R1, sends, receives, self.ep_group)
         self.count(Traffic(len(order_R), len(rows_RH), sum(sends) - sends[self.ep_rank]))
-        back_RH = exchange_rows(_by_expert(rows_RH, arriving_PE, experts), receives, sends, self.ep_group)
-        return combine_rows(back_RH, order_R, routing.weights_TK)
+        weighted_RH = experts(
+            rows_RH, Assignment(_by_expert(arriving_PE, len(rows_RH)), arriving_PE.sum(dim=0), weights_R1)
+        )
+        return gather_rows(exchange_rows(weighted_RH, receives, sends, self.ep_group), order_R, top_k)
 
     def count(self, traffic: Traffic) -> None:
         """Counts the rows of a training pass."""
@@ -100,14 +106,10 @@ def mark_as_split(parameter: Any, ranks: int) -> None:
     parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{ranks}")
 
 
-def _by_expert(rows_RH: Tensor, arriving_PE: Tensor, experts: Experts) -> Tensor:
-    """Runs rows that arrived sorted by rank, then expert, through their experts, and hands them back in that order."""
-    expert_of_block = torch.arange(arriving_PE.shape[1], device=rows_RH.device).repeat(arriving_PE.shape[0])
-    order_R = expert_of_block.repeat_interleave(arriving_PE.flatten(), output_size=len(rows_RH)).argsort(stable=True)
-    sorted_RH = experts(rows_RH[order_R], arriving_PE.sum(dim=0))
-    place_R = torch.empty_like(order_R)
-    place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    return sorted_RH[place_R]
+def _by_expert(arriving_PE: Tensor, rows: int) -> Tensor:
+    """Orders the rows that arrived sorted by rank, then expert, by expert alone."""
+    expert_of_block = torch.arange(arriving_PE.shape[1], device=arriving_PE.device).repeat(arriving_PE.shape[0])
+    return expert_of_block.repeat_interleave(arriving_PE.flatten(), output_size=rows).argsort(stable=True)
 
 
 def split_experts(model: nn.Module, config: MixtralConfig, parallel: ParallelConfig, rank: int) -> None:
