@@ -163,7 +163,7 @@ class MixtralConfig(PreTrainedConfig):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def count_parameters(self) -> ParameterCount:
-        """Counts the parameters of the causal language model, part by part."""
+        """Counts the parameters of the causal language model, part by part; with a `problem_type`, of a classifier."""
         hidden, layers = self.hidden_size, self.num_hidden_layers
         query, key_value = (
             heads * self.attention_head_dim for heads in (self.num_attention_heads, self.num_key_value_heads)
@@ -175,9 +175,13 @@ class MixtralConfig(PreTrainedConfig):
             router=layers * hidden * self.num_local_experts,
             experts=layers * self.num_local_experts * expert,
             norms=(2 * layers + 1) * hidden,
-            head=0 if self.tie_word_embeddings else self.vocab_size * hidden,
+            head=0 if self.tie_word_embeddings and self.problem_type is None else self._outputs * hidden,
             experts_active=layers * self.num_experts_per_tok * expert,
         )
+
+    @property
+    def _outputs(self) -> int:
+        return self.vocab_size if self.problem_type is None else self.num_labels
 
     def training_flops_per_token(self, sequence_length: int) -> int:
         """Floating-point operations of forward and backward per token, by the PaLM convention.
@@ -187,7 +191,7 @@ class MixtralConfig(PreTrainedConfig):
         bounds the keys. Recomputation is not counted. Source: arXiv 2204.02311, appendix B.
         """
         count = self.count_parameters()
-        matrices = count.attention + count.router + count.experts_active + self.vocab_size * self.hidden_size
+        matrices = count.attention + count.router + count.experts_active + self._outputs * self.hidden_size
         keys = min(sequence_length, self.sliding_window or sequence_length)
         attention = 12 * self.num_hidden_layers * self.num_attention_heads * self.attention_head_dim * keys
         return 6 * matrices + attention

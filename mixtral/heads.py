@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, SequenceCla
 
 from mixtral.cache import LayerPast
 from mixtral.configuration import MixtralConfig
-from mixtral.losses import pooled_load_balancing_loss, router_statistics, shift_labels
+from mixtral.losses import classification_loss_sum, pooled_load_balancing_loss, router_statistics, shift_labels
 from mixtral.modeling import MixtralModel, MixtralPreTrainedModel, ModelOutput
 from mixtral.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum, head_cross_entropy, linear_cross_entropy
 
@@ -162,6 +162,8 @@ class MixtralForSequenceClassification(MixtralPreTrainedModel):
     `forward` takes what `MixtralModel.forward` takes, and besides:
         labels: (B,) class indices, or real numbers with one label; (B, num_labels) of 0 and 1 for
             `problem_type="multi_label_classification"`, real numbers for `"regression"`.
+        num_items_in_batch: divisor of the loss summed over rows, of which those labelled -100 or NaN are left out;
+            needs a `problem_type`. None is the published mean.
     """
 
     def __init__(self, config: MixtralConfig) -> None:
@@ -185,6 +187,7 @@ class MixtralForSequenceClassification(MixtralPreTrainedModel):
         return_dict: bool | None = None,
         output_router_logits: bool | None = None,
         output_routing: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Runs the decoder and scores each row.
@@ -211,7 +214,7 @@ class MixtralForSequenceClassification(MixtralPreTrainedModel):
         rows = torch.arange(len(hidden_BSH), device=hidden_BSH.device)
         logits = self.score(hidden_BSH[rows, self._last_token(input_ids)])
         result = SequenceClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),
+            loss=None if labels is None else self._loss(logits, labels, num_items_in_batch),
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
@@ -227,9 +230,11 @@ class MixtralForSequenceClassification(MixtralPreTrainedModel):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         return (positions * (input_ids != self.config.pad_token_id)).argmax(dim=-1)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, divisor: int | Tensor | None) -> Tensor:
         """The published losses: squared error, cross-entropy, or binary cross-entropy per label."""
         problem = self.config.problem_type
+        if problem is not None and divisor is not None:
+            return classification_loss_sum(logits, labels, problem) / divisor
         if problem is None:
             whole = labels.dtype in (torch.long, torch.int)
             problem = "single_label_classification" if whole else "multi_label_classification"

@@ -7,9 +7,33 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixtral.ops.cross_entropy import IGNORE_INDEX
+
+
+def classification_loss_sum(logits: Tensor, labels: Tensor, problem: str) -> Tensor:
+    """Sums over rows what the published losses average, in at least fp32: a row's mean over its labels.
+
+    Args:
+        logits: (B, labels).
+        labels: class indices (B,), -100 where a row is none; else (B, labels) real numbers, NaN where it is none.
+        problem: a `problem_type` of transformers.
+
+    Returns:
+        A scalar; zero, with zero gradient, when no row is labelled.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if problem == "single_label_classification":
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    labelled = ~labels.isnan()
+    labels = torch.where(labelled, labels, 0).to(logits.dtype)
+    if problem == "regression":
+        losses = F.mse_loss(logits, labels, reduction="none")
+    else:
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return (losses * labelled).mean(dim=-1).sum()
 
 
 class RouterStatistics(NamedTuple):

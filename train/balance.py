@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mixtral import MixtralForCausalLM
+from mixtral.modeling import MixtralPreTrainedModel as Model
 from mixtral.moe import Router
 from train.objective import uniform_load
 
@@ -24,7 +24,7 @@ class Balance:
         bias_LE: added to the routers' probabilities.
     """
 
-    def __init__(self, model: MixtralForCausalLM, rate: float, device: torch.device) -> None:
+    def __init__(self, model: Model, rate: float, device: torch.device) -> None:
         self.load_LE = self._even_LE = uniform_load(model.config, device)
         self.bias_LE = torch.zeros_like(self.load_LE)
         self._rate = rate

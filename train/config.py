@@ -101,6 +101,14 @@ FORMATS = {  # the columns of each; those in brackets may be missing
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "[input]", "output"),
     "tokens": ("input_ids", "[labels]"),
+    "classification": ("text", "label"),
+    "multi_label": ("text", "labels"),
+    "regression": ("text", "label"),
+}
+PROBLEMS = {  # formats that a classifier is trained on, by transformers' names for its problem
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
 }
 MESSAGE_KEYS = ("role", "content", "from", "value", "weight")
 COLUMNS = [column.strip("[]") for columns in FORMATS.values() for column in columns]
@@ -143,11 +151,17 @@ class DataConfig:
     )
     format: str = key(
         "auto",
-        "what a row is; auto: what the columns of a source's first row say",
+        "what a row is; auto: what the columns of a source's first row say, which is never one of the last three: they "
+        "train a classifier of texts, by one label, several, or a number",
         choices=("auto", *FORMATS),
     )
     columns: dict[str, str] = key(
         {}, "where columns have other names: {prompt: question, completion: answer}; likewise the keys of messages"
+    )
+    labels: list[str] = key(
+        [],
+        "names of a classifier's labels, in the order of their numbers; by default those that the training data has, "
+        "sorted, or those of the classifier in model.init_from",
     )
     text_field: str = key("text", "the column that holds plain text, as data.columns={text: NAME}")
     subset: str | None = key(None, "the hub dataset's configuration")
@@ -223,7 +237,7 @@ class TrainConfig:
     only: str = key(
         "all",
         "which weights are trained: all; or words from router, experts, attention and norms, names, and patterns of "
-        "names such as model.layers.3.*, with commas between",
+        "names such as model.layers.3.*, with commas between. A classifier's score.weight always is",
     )
     log_every: int = key(10, "steps between logged lines", minimum=1)
 
@@ -505,10 +519,40 @@ def _check_data(data: DataConfig) -> None:
         len({item.weight is None for item in sources}) > 1,
         "data.sources: some have a weight and some have none: give all of them one, or none",
     )
+    _check_labels(data)
     template = data.chat_template
     _refuse(
         template not in (None, "mixtral", "none") and not Path(template or "").expanduser().is_file(),
         f"data.chat_template={template}: no such file, and neither mixtral nor none",
+    )
+
+
+def _check_labels(data: DataConfig) -> None:
+    for item in data.sources:
+        _refuse(
+            item.format not in (None, data.format) and not PROBLEMS.keys().isdisjoint((data.format, item.format)),
+            f"data.sources: {item.path}: format={item.format}, but data.format={data.format}: labelled sources are all "
+            "of one format, which data.format names",
+        )
+    if data.format not in PROBLEMS:
+        named = "label" in data.columns or any("label" in item.columns for item in data.sources)
+        _refuse(
+            bool(data.labels) or named,
+            f"labels are of no effect with data.format={data.format}: set it to {' | '.join(PROBLEMS)}",
+        )
+        return
+    _refuse(
+        data.streaming,
+        f"data.streaming=true does not go with data.format={data.format}, whose rows are sorted: leave it out",
+    )
+    _refuse(
+        bool(data.labels) and data.format == "regression",
+        "data.labels names classes, and data.format=regression has none",
+    )
+    twice = [name for name in data.labels if data.labels.count(name) > 1]
+    _refuse(bool(twice), f"data.labels: {twice[0] if twice else ''!r} is there twice")
+    _refuse(
+        data.format == "classification" and len(data.labels) == 1, f"data.labels={data.labels}: one label tells nothing"
     )
 
 
@@ -609,6 +653,10 @@ def _check_trained(config: Config) -> None:
         f"train.only={config.train.only} with lora.rank={lora.rank}: adapters train beside frozen weights; choose one",
     )
     _refuse(
+        "lm_head" in targets and config.data.format in PROBLEMS,
+        f"lora.targets: a classifier (data.format={config.data.format}) has no lm_head; its score is always trained",
+    )
+    _refuse(
         "lm_head" in targets and model.tie_word_embeddings,
         "lora.targets: lm_head shares its matrix with the embedding (model.tie_word_embeddings=true), which an adapter "
         "would change for one of them",
@@ -647,9 +695,10 @@ def trained_names(config: Config) -> set[str]:
     """
     layers = range(config.model.num_hidden_layers)
     names = ["model.embed_tokens.weight", "model.norm.weight"]
-    names += [] if config.model.tie_word_embeddings else ["lm_head.weight"]
+    is_classifier = config.data.format in PROBLEMS
+    names += [] if config.model.tie_word_embeddings or is_classifier else ["lm_head.weight"]
     names += [f"model.layers.{layer}.{name}" for layer in layers for name in _OF_LAYER]
-    chosen: set[str] = set()
+    chosen: set[str] = {"score.weight"} if is_classifier else set()
     for word in words_of(config.train.only) or ("",):
         found = names if word == "all" else fnmatch.filter(names, GROUPS.get(word, word))
         there_is = sorted({name.replace(".0.", ".*.") for name in names if "layers." not in name or ".0." in name})

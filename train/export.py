@@ -19,6 +19,7 @@ from train.config import Config
 from train.data.formats import as_row
 from train.lora import adapter_of
 from train.merge import main
+from train.model import HEADS, head_of
 from train.parallel.engine import Engine, Piece
 
 CARD = """\
@@ -37,7 +38,7 @@ tags: [mixtral, moe, cierzo{tags}]
 | tokenizer | `{tokenizer}` |
 | steps | {steps} |
 | precision | {precision} |
-| held-out loss | {first:.4f} before training, {last:.4f} after (nats per token) |
+| held-out loss | {first:.4f} before training, {last:.4f} after ({unit}) |{figures}
 
 `held_out.jsonl` holds the documents of the held-out loss.
 
@@ -47,14 +48,14 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 """
 USAGE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")"""
+model = {auto}.from_pretrained("{folder}")"""
 ADAPTER_USAGE = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = {auto}.from_pretrained("{base}", config=AutoConfig.from_pretrained("{config}"))
 model = PeftModel.from_pretrained(model, "{folder}")"""
 
 
@@ -108,11 +109,12 @@ def _write(
 ) -> None:
     with new_folder(target) as folder:
         write_pieces(folder, config, engine.module.config, pieces, engine.dtype)
-        GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ).save_pretrained(folder)
+        if head_of(engine.module.config) == "lm_head":
+            GenerationConfig(
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            ).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         with (folder / "held_out.jsonl").open("w", encoding="utf-8") as file:
             for row in held_out:
@@ -142,6 +144,8 @@ def write_pieces(
     if adapter is None:
         write_weights(folder, model, pieces, dtype)
         return
+    if head_of(model) == "score":
+        write_config(folder, model, dtype)  # which knows the labels
     fused = config.lora.format == "fused"
     with AdapterWriter(folder, model, adapter, dtype, config.model.init_from, fused=fused) as writer:
         for name, expert, tensor in pieces:
@@ -158,10 +162,8 @@ def write_weights(folder: Path, config: MixtralConfig, pieces: Iterable[Piece], 
         pieces: all of it, in any order.
         dtype: to write.
     """
-    described = copy.deepcopy(config)
-    described.architectures, described.dtype = ["MixtralForCausalLM"], dtype
-    described.save_pretrained(folder)
-    planned = {name: Planned(dtype, shape) for name, shape in hub_shapes(config).items()}
+    write_config(folder, config, dtype)
+    planned = {name: Planned(dtype, shape) for name, shape in hub_shapes(config, head_of(config)).items()}
     with HubWriter(folder, planned) as writer:
         for name, expert, tensor in pieces:
             assert tensor is not None
@@ -171,8 +173,24 @@ def write_weights(folder: Path, config: MixtralConfig, pieces: Iterable[Piece], 
                 writer.add_parameter(name, tensor[None], [expert])
 
 
+def write_config(folder: Path, config: MixtralConfig, dtype: torch.dtype) -> None:
+    """Writes a model's `config.json`."""
+    described = copy.deepcopy(config)
+    described.architectures, described.dtype = [HEADS[head_of(config)].__name__], dtype
+    described.save_pretrained(folder)
+
+
 def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str, Any]) -> str:
     count, adapter = model.count_parameters(), adapter_of(config.lora)
+    is_classifier = head_of(model) == "score"
+    auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    usage = (USAGE if adapter is None else ADAPTER_USAGE).format(
+        auto=auto,
+        folder=target.name,
+        base=config.model.init_from,
+        config=target.name if is_classifier else config.model.init_from,
+    )
+    figures = [name for name in summary if name.startswith("eval_") and name not in ("eval_loss", "eval_perplexity")]
     what = f"A Mixtral of {count.total:,} parameters ({count.active:,} active per token)"
     if adapter is not None:
         targets = [*adapter.targets, *(["the experts"] if adapter.experts else [])]
@@ -182,7 +200,9 @@ def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str,
         tags="" if adapter is None else ", lora",
         name=target.parent.name,
         what=what,
-        usage=(USAGE if adapter is None else ADAPTER_USAGE).format(folder=target.name, base=config.model.init_from),
+        usage=usage,
+        unit="a row" if is_classifier else "nats per token",
+        figures="".join(f"\n| held-out {name.removeprefix('eval_')} | {summary[name]:.4f} |" for name in figures),
         data=config.data.names,
         tokens=summary["tokens"],
         tokenizer=config.data.tokenizer,

@@ -11,6 +11,7 @@ from train.data.loader import Data
 from train.export import export
 from train.folder import RunFolder
 from train.observe.observer import Observer
+from train.observe.progress import shown
 from train.parallel.engine import Engine
 
 
@@ -30,8 +31,10 @@ def finish(
     target = Path(config.run.dir or "") / "export"
     export(target, engine, tokenizer, data.held_out_documents, config, summary)
     if folder:
-        print(f"held-out loss {summary['first_eval_loss']:.4f} -> {summary['eval_loss']:.4f}; exported to {target}")
-    if config.evaluate.sample_tokens:
+        figures = shown(observer.last) if data.labels else ""
+        change = f"held-out loss {summary['first_eval_loss']:.4f} -> {summary['eval_loss']:.4f}"
+        print(f"{change}{figures}; exported to {target}")
+    if config.evaluate.sample_tokens and data.labels is None:
         text = sample(engine, tokenizer, config.evaluate.sample_prompt, config.evaluate.sample_tokens, config.run.seed)
         if folder:
             print(f"--- sample ---\n{text}\n--------------")
@@ -40,7 +43,8 @@ def finish(
 def summarise(observer: Observer, data: Data) -> dict[str, Any]:
     """Gathers the figures a run is remembered by."""
     last = observer.last
-    names = ("loss", "eval_loss", "eval_perplexity", "router_loss", "tokens_per_second", "peak_memory_bytes")
+    evaluated = [name for name in last if name.startswith("eval_")]
+    names = ("loss", *evaluated, "router_loss", "tokens_per_second", "peak_memory_bytes")
     return {
         "steps": last["step"],
         "tokens": last["tokens"],

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from train.config import TARGETS, Config, LoraConfig, ModelConfig, words_of
+from train.config import PROBLEMS, TARGETS, Config, LoraConfig, ModelConfig, words_of
 from train.errors import CheckpointError, ConfigError
 
 FREE = ("sliding_window", "attention_dropout", "router_aux_loss_coef", "router_jitter_noise")
@@ -40,6 +40,10 @@ def inherit(config: Config, explicit: Collection[str]) -> None:
         setattr(config.model, name, theirs)
     if "data.tokenizer" not in explicit:
         config.data.tokenizer = source
+    problem = PROBLEMS.get(config.data.format)
+    if problem is not None and described.get("problem_type") == problem != "regression" and not config.data.labels:
+        named = described.get("id2label") or {}
+        config.data.labels = [str(named[number]) for number in sorted(named, key=int)]
 
 
 def inherit_adapter(lora: LoraConfig, explicit: Collection[str]) -> None:
@@ -81,7 +85,7 @@ def scale_of(lora: LoraConfig) -> float:
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
-UNSUPPORTED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias", "fan_in_fan_out")
+UNSUPPORTED = ("rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias", "fan_in_fan_out")
 
 
 def _read_adapter(source: str) -> LoraConfig:
@@ -101,6 +105,8 @@ def _read_adapter(source: str) -> LoraConfig:
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"lora.init_from={source}: {path} is no adapter's ({error!r})") from None
     unsupported = [name for name in UNSUPPORTED if described.get(name)]
+    if described.get("modules_to_save") not in (None, [], ["score"]):  # a classifier's head
+        unsupported.append("modules_to_save")
     if described.get("peft_type") != "LORA" or described.get("bias", "none") != "none" or unsupported:
         raise CheckpointError(
             f"lora.init_from={source}: {path} describes {described.get('peft_type')} with "

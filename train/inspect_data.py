@@ -152,16 +152,30 @@ def _figures(config: Config, data: "Data", read: int) -> dict[str, str]:
         "held out": f"{len(data.held_out_documents):,}",
         "trained on": f"{counts.documents:,}",
         "tokens": f"{counts.tokens:,} an epoch",
-        "of them trained": f"{counts.trained_tokens:,} ({counts.trained_tokens / counts.tokens:.1%})",
         "lengths": f"{lengths.min():,} to {lengths.max():,} tokens, mean {lengths.mean():,.1f}, "
         f"median {np.median(lengths):,.0f}",
-        "packed": f"{rows.rows_per_epoch:,} rows of {config.data.sequence_length:,} an epoch, "
-        f"{counts.fullness:.2%} full",
+    } | _usage(config, data)
+    lines |= {
         "steps": f"{-(-rows.rows_per_epoch // batch):,} an epoch in one process, of {batch} rows each",
     }
     for source, passes in zip(sources, data.passes or [], strict=False):
         lines[source.path] = f"seen {passes:.2f} times an epoch (weight {source.weight:g})"
     return lines
+
+
+def _usage(config: Config, data: "Data") -> dict[str, str]:
+    """Says what of the tokens is trained and how full rows are, or how many texts have which label."""
+    counts, rows = data.counts, data.rows
+    assert rows is not None
+    if data.labels is None:
+        return {
+            "of them trained": f"{counts.trained_tokens:,} ({counts.trained_tokens / counts.tokens:.1%})",
+            "packed": f"{rows.rows_per_epoch:,} rows of {config.data.sequence_length:,} an epoch, "
+            f"{counts.fullness:.2%} full",
+        }
+    texts = f"{counts.fullness:.2%} full in micro-batches of {config.train.micro_batch_size}, sorted by length"
+    shares = (f"{name} {count:,} ({count / counts.documents:.1%})" for name, count in (counts.labels or {}).items())
+    return {"labels": ", ".join(shares) or "numbers", "rows": f"{rows.rows_per_epoch:,} texts, {texts}"}
 
 
 def _histogram(lengths: "np.ndarray") -> str:
@@ -183,11 +197,12 @@ def _print_samples(data: "Data", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Prints the first few documents, what is trained of them in green, or in brackets off a terminal."""
     is_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     begin, end = (GREEN, PLAIN) if is_terminal else ("[[", "]]")
-    print(f"\nThe first documents; what is trained is {'green' if is_terminal else 'in [[brackets]]'}.")
-    for ids, trained in data.first(SHOWN):
+    if data.labels is None:
+        print(f"\nThe first documents; what is trained is {'green' if is_terminal else 'in [[brackets]]'}.")
+    for index, (ids, trained) in enumerate(data.first(SHOWN)):
         text = marked(ids[:SHOWN_TOKENS], trained[:SHOWN_TOKENS], tokenizer, begin, end)
         rest = f" ... {len(ids) - SHOWN_TOKENS:,} tokens more" if len(ids) > SHOWN_TOKENS else ""
-        print(f"---\n{text}{rest}")
+        print(f"---\n{text}{rest}{data.label_of(index)}")
     print("---")
 
 

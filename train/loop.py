@@ -1,17 +1,18 @@
 """The training loop: `train` and `train_step`."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mixtral.losses import load_balancing_loss
-from mixtral.ops.cross_entropy import IGNORE_INDEX
 from train.balance import Balance
 from train.config import Config
-from train.data.loader import Data, Prefetch, Share
-from train.data.packing import Batch
+from train.data.labelled import AnyBatch
+from train.data.loader import Data, Prefetch
+from train.data.share import Share
 from train.evaluate import evaluate
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
 from train.observe.observer import Observer
@@ -80,7 +81,7 @@ def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: 
 
 
 def train_step(
-    engine: Engine, micro_batches: list[Batch], lr: float, coefficients: Coefficients, load_LE: Tensor
+    engine: Engine, micro_batches: Sequence[AnyBatch], lr: float, coefficients: Coefficients, load_LE: Tensor
 ) -> StepResult:
     """Takes one optimizer step over this process's micro-batches.
 
@@ -100,7 +101,7 @@ def train_step(
 
 
 def accumulate(
-    engine: Engine, micro_batches: list[Batch], coefficients: Coefficients, load_LE: Tensor
+    engine: Engine, micro_batches: Sequence[AnyBatch], coefficients: Coefficients, load_LE: Tensor
 ) -> tuple[list[Parts], StepSize]:
     """Computes the gradient of a step; returns this process's shares of its values, and its size."""
     engine.model.train()
@@ -115,12 +116,12 @@ def accumulate(
     return done, size
 
 
-def step_size(engine: Engine, micro_batches: list[Batch]) -> StepSize:
-    """Counts the tokens of a step over all processes."""
+def step_size(engine: Engine, micro_batches: Sequence[AnyBatch]) -> StepSize:
+    """Counts the tokens of a step, and what of it is trained, over all processes."""
     counts = torch.tensor(
         [
             sum(int(batch.token_mask.sum()) for batch in micro_batches),
-            sum(int((batch.shifted_labels != IGNORE_INDEX).sum()) for batch in micro_batches),
+            sum(int(batch.trained) for batch in micro_batches),
         ],
         device=engine.device,
     )

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixtral import MixtralConfig, MixtralForCausalLM
+from mixtral import MixtralConfig
 from mixtral.moe import Experts, Router, SparseMoeBlock
 from mixtral.ops.experts import LowRank, Projection
 from mixtral.weights import WeightsError, names
-from mixtral.weights.adapters import Adapter, AdapterFolder, shapes
+from mixtral.weights.adapters import SCORE, Adapter, AdapterFolder, shapes
 from mixtral.weights.read import WeightFolder
 from train.config import Config, LoraConfig, trained_names, words_of
 from train.data.hub import download
 from train.errors import CheckpointError
 from train.inherit import scale_of
 from train.model import empty_model, generator_of
-from train.parallel.engine import Weights, fill
+from train.parallel.engine import Model, Weights, fill
 
 HUB_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -88,7 +88,7 @@ def adapter_of(lora: LoraConfig) -> Adapter | None:
     return Adapter(lora.rank, scale_of(lora), words_of(lora.targets), lora.experts, lora.dora)
 
 
-def trainable_model(config: Config, model: MixtralConfig) -> MixtralForCausalLM:
+def trainable_model(config: Config, model: MixtralConfig) -> Model:
     """Builds a model without values, with the run's adapters, in which all is frozen that the run does not train."""
     module, adapter = empty_model(model), adapter_of(config.lora)
     if adapter is None:
@@ -100,8 +100,8 @@ def trainable_model(config: Config, model: MixtralConfig) -> MixtralForCausalLM:
     return module
 
 
-def adapt(model: MixtralForCausalLM, adapter: Adapter, dropout: float = 0.0) -> None:
-    """Puts an adapter into a model on the meta device, and freezes all else."""
+def adapt(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
+    """Puts an adapter into a model on the meta device, and freezes all else but a classifier's head."""
     linear = [target for target in adapter.targets if target != "gate"]
     if linear:
         from peft import LoraConfig as PeftConfig
@@ -123,7 +123,7 @@ def adapt(model: MixtralForCausalLM, adapter: Adapter, dropout: float = 0.0) -> 
                 if adapter.experts:
                     block.experts = AdaptedExperts(model.config, adapter, dropout)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_("lora_" in name or name == SCORE)
 
 
 def with_adapters(base: Weights, config: Config, model: MixtralConfig, b_bound: float = 0.0) -> Weights:
@@ -141,15 +141,17 @@ def with_adapters(base: Weights, config: Config, model: MixtralConfig, b_bound: 
 
     def both(experts: range) -> Iterator[tuple[str, Tensor]]:
         expected = shapes(model, adapter)
+        source = None if config.lora.init_from is None else open_adapter(config.lora, model)
         for name, tensor in base(experts):
+            if name == SCORE and source is not None and SCORE in source.shapes:
+                tensor = source.tensor(name, experts)
             yield name, tensor
             magnitude = f"{name.removesuffix('.weight')}.lora_magnitude_vector.weight"
             if magnitude in expected and config.lora.init_from is None:
                 yield magnitude, tensor.float().norm(dim=1)
-        if config.lora.init_from is None:
+        if source is None:
             yield from initial_adapters(model, adapter, config.run.seed, experts, b_bound)
         else:
-            source = open_adapter(config.lora, model)
             yield from ((name, source.tensor(name, experts)) for name in expected)
 
     return both

@@ -86,8 +86,12 @@ def check(words: argparse.Namespace) -> LoraConfig:
         raise ConfigError(f"adapter={words.adapter} is not a folder")
     lora = LoraConfig(init_from=str(words.adapter))
     inherit_adapter(lora, ())
+    described = json.loads((words.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if described.get("modules_to_save"):
+        raise ConfigError(
+            f"adapter={words.adapter} is a classifier's, which is not merged: its card says how to load it"
+        )
     if words.base is None:
-        described = json.loads((words.adapter / "adapter_config.json").read_text(encoding="utf-8"))
         words.base = Path(described.get("base_model_name_or_path") or "")
     if words.base == Path() or not words.base.is_dir():
         raise ConfigError(f"base={words.base} is not a folder: name the one that holds the adapted weights")

@@ -1,4 +1,6 @@
-"""What is minimised: token-mean cross-entropy, router loss and router z-loss, as parts that add up.
+"""What is minimised: cross-entropy, router loss and router z-loss, as parts that add up.
+
+The cross-entropy is a mean over tokens; in its place a classifier has the loss of its problem, a mean over rows.
 
 Each part below is one process's and one micro-step's share of a value of the whole optimizer step: their
 plain sum over processes and micro-steps is that value, and so with gradients. No mean of means is taken.
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtral import MixtralConfig
-from mixtral.heads import CausalLMOutput
+from mixtral.heads import CausalLMOutput, SequenceClassifierOutput
 from mixtral.losses import (
     RouterStatistics,
     document_load_balancing_loss,
@@ -21,8 +23,9 @@ from mixtral.losses import (
     router_z_loss,
 )
 from train.config import Config
-from train.data.packing import Batch
+from train.data.labelled import AnyBatch, LabelledBatch
 
+Output = CausalLMOutput | SequenceClassifierOutput
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -32,7 +35,7 @@ class StepSize:
 
     Attributes:
         tokens: tokens of all rows that are no padding.
-        trained_tokens: those whose label is trained.
+        trained_tokens: those whose label is trained; of a classifier, labelled rows.
         parts: processes times micro-steps.
     """
 
@@ -61,7 +64,7 @@ class Parts:
     """Shares of a step's values; adding two of them gives the share of both.
 
     Attributes:
-        cross_entropy: of the token-mean cross-entropy.
+        cross_entropy: of the token-mean cross-entropy, or of a classifier's loss.
         router_objective: of the router loss that is optimised.
         router_z_loss: of the router z-loss.
         statistics: sums over tokens, from which the exact router loss follows.
@@ -102,8 +105,19 @@ class Parts:
         return Parts(values[0], values[1], values[2], RouterStatistics(*values[3:]))
 
 
-def predict(model: nn.Module, batch: Batch, divisor: Tensor | int, *, routing: bool = False) -> CausalLMOutput:
-    """Runs a model on packed rows; its `loss` is the summed cross-entropy over the divisor, its logits never formed."""
+def predict(model: nn.Module, batch: AnyBatch, divisor: Tensor | int, *, routing: bool = False) -> Output:
+    """Runs a model on packed rows; its `loss` is the summed cross-entropy over the divisor, its logits never formed.
+
+    On labelled rows it is a classifier, with logits; no row attends to its padding, which is on the right.
+    """
+    if isinstance(batch, LabelledBatch):
+        return model(
+            input_ids=batch.input_ids,
+            labels=batch.labels,
+            num_items_in_batch=divisor,
+            output_routing=routing,
+            use_cache=False,
+        )
     return model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -116,8 +130,8 @@ def predict(model: nn.Module, batch: Batch, divisor: Tensor | int, *, routing: b
 
 
 def objective_parts(
-    output: CausalLMOutput,
-    batch: Batch,
+    output: Output,
+    batch: AnyBatch,
     step: StepSize,
     reduce: Reduce,
     coefficients: Coefficients,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from train.compose import Composed
-from train.config import Config
+from train.config import PROBLEMS, Config
 from train.errors import StopSignal, UserError, report
 from train.finish import finish
 from train.folder import RunFolder
@@ -46,11 +46,11 @@ def run(composed: Composed, work: Work | None = None) -> int:
 
 def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
-    engine.first_on_each_host(lambda: find_weights(config.model))
+    engine.first_on_each_host(lambda: find_weights(config.model, classifier=config.data.format in PROBLEMS))
     tokenizer, data = open_data(engine, folder, config)
     max_steps = number_of_steps(config, data, engine.world_size)
 
-    model = trainable_model(config, model_config(config.model, tokenizer))
+    model = trainable_model(config, model_config(config.model, tokenizer, data.labels))
     engine.first_on_each_host(lambda: find_adapter(config.lora, model.config))
     engine.prepare(model, with_adapters(starting_weights(config, model.config), config, model.config))
 

@@ -16,9 +16,10 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from train.compose import Composed
-from train.config import Config
-from train.data.loader import Data, Share, open_documents, pack
-from train.data.tokenizer import open_tokenizer
+from train.config import PROBLEMS, Config
+from train.data.loader import Data, open_documents, pack
+from train.data.share import Share
+from train.data.tokenizer import give_padding, open_tokenizer
 from train.errors import StopSignal
 from train.folder import RunFolder
 from train.parallel.engine import Engine
@@ -91,6 +92,8 @@ def open_data(engine: Engine, folder: RunFolder | None, config: Config) -> tuple
     source, vocabulary = config.data, config.model.vocab_size
     training, held_out = engine.first_on_each_host(lambda: open_documents(source))
     tokenizer = engine.on_main(lambda: open_tokenizer(source.tokenizer, vocabulary, training, source.chat_template))
+    if source.format in PROBLEMS:
+        give_padding(tokenizer)
     if folder:
         tokenizer.save_pretrained(folder.path / "tokenizer")
     return tokenizer, engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))

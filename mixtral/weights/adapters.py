@@ -28,6 +28,7 @@ PREFIX = "base_model.model."
 STEM = "adapter_model"
 EXPERT_WORDS = ("w1", "w2", "w3")  # PEFT's targets, with which the portable form adapts every expert
 EXPERT_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")  # and with these the fused one
+SCORE = "score.weight"  # a classifier's head, which goes with its adapter as it is
 _MATRICES = {"gate_up": ("w1", "w3"), "down": ("w2",)}
 _WRAPPED = {"gate_up": "mlp.experts.base_layer", "down": "mlp.experts"}
 
@@ -99,6 +100,8 @@ def _parts(name: str) -> tuple[str, str, str]:
 def shapes_on_disk(config: MixtralConfig, adapter: Adapter, *, fused: bool) -> dict[str, tuple[int, ...]]:
     """Returns the name and shape of every tensor of an adapter's file."""
     found: dict[str, tuple[int, ...]] = {}
+    if config.problem_type is not None:
+        found[PREFIX + SCORE] = (config.num_labels, config.hidden_size)
     for name, shape in shapes(config, adapter).items():
         if not names.is_stacked(name):
             found[on_disk_fused(name) if fused else on_disk(name, 0)[0]] = shape
@@ -114,7 +117,7 @@ def shapes_on_disk(config: MixtralConfig, adapter: Adapter, *, fused: bool) -> d
     return found
 
 
-def peft_config(adapter: Adapter, base: str | None, *, fused: bool) -> dict[str, object]:
+def peft_config(adapter: Adapter, base: str | None, *, fused: bool, classifier: bool = False) -> dict[str, object]:
     """Describes an adapter as PEFT does in `adapter_config.json`.
 
     `lora_alpha / r` is the scale even where it came from rsLoRA: PEFT doubles r and `lora_alpha` where it joins w1 and
@@ -124,6 +127,7 @@ def peft_config(adapter: Adapter, base: str | None, *, fused: bool) -> dict[str,
         adapter: what is described.
         base: the weights it belongs to.
         fused: whether the form is the fused one.
+        classifier: whether it holds a classifier's head too.
     """
     modules, parameters = [target for target in adapter.targets if target != "gate" or not fused], []
     if adapter.experts and not fused:
@@ -132,7 +136,8 @@ def peft_config(adapter: Adapter, base: str | None, *, fused: bool) -> dict[str,
         parameters = [*(["gate.weight"] if "gate" in adapter.targets else []), *(EXPERT_PARAMETERS * adapter.experts)]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",
+        "modules_to_save": ["score"] if classifier else None,
         "base_model_name_or_path": base,
         "r": adapter.rank,
         "lora_alpha": adapter.scale * adapter.rank,
@@ -160,7 +165,8 @@ class AdapterFolder:
 
     def __init__(self, folder: str | Path, config: MixtralConfig, adapter: Adapter) -> None:
         self.folder = Path(folder)
-        self.shapes = shapes(config, adapter)
+        head: dict[str, tuple[int, ...]] = {SCORE: (config.num_labels, config.hidden_size)}
+        self.shapes = shapes(config, adapter) | (head if config.problem_type is not None else {})
         self._tensors = scan(self.folder, STEM, f"{STEM}.bin")
         if not self._tensors:
             raise WeightsError(f"{folder} holds no adapter: expected {STEM}.safetensors or {STEM}.bin")
@@ -221,7 +227,8 @@ class AdapterWriter(TensorWriter):
         *,
         fused: bool,
     ) -> None:
-        described = json.dumps(peft_config(adapter, base, fused=fused), indent=2)
+        classifier = config.problem_type is not None
+        described = json.dumps(peft_config(adapter, base, fused=fused, classifier=classifier), indent=2)
         (folder / "adapter_config.json").write_text(described + "\n", encoding="utf-8")
         expected = shapes_on_disk(config, adapter, fused=fused)
         planned: Mapping[str, Planned] = {name: Planned(dtype, shape) for name, shape in expected.items()}

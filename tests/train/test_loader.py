@@ -8,7 +8,8 @@ import pytest
 from datasets import disable_progress_bars
 
 from train.config import Config, SourceConfig
-from train.data.loader import Share, open_documents, pack
+from train.data.loader import open_documents, pack
+from train.data.share import Share
 from train.data.templates import Encoder
 from train.data.tokenizer import open_tokenizer
 from train.errors import DataError

@@ -9,9 +9,10 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.loader import Data, Share
+from train.data.loader import Data
 from train.data.packing import stack
 from train.data.samples import SampleRows, first_fit_decreasing, pack_sample_stream
+from train.data.share import Share
 from train.data.tokenized import ENCODED
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=40)
@@ -37,6 +38,7 @@ def samples_of(lengths, parts=None):
         tokens = [next(ids) for _ in range(length)]
         trained = [int(token % 3 > 0) for token in tokens]
         row = {"input_ids": tokens, "trained": trained, "trained_tokens": sum(trained[1:]), "is_cut": False}
+        row |= {"target": []}
         rows.append(row | {"problem": None, "source": "", "part": parts[index] if parts else 0})
     return rows, Dataset.from_list(rows, features=ENCODED)
 

@@ -20,7 +20,8 @@ def read(path, **changes):
 
 
 def documents_of(texts):
-    rows = [{"text": text, "format": "text", "source": "book.txt", "problem": None, "part": 0} for text in texts]
+    common = {"label": None, "format": "text", "source": "book.txt", "problem": None, "part": 0}
+    rows = [{"text": text} | common for text in texts]
     return Dataset.from_list(rows, features=FEATURES)
 
 

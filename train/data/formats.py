@@ -1,15 +1,17 @@
 """What a row of data is: its format, recognised by its columns, and its content, checked and in one form.
 
-A document is a row in that form: plain text, or a sample as JSON with the columns of its format, sharegpt's written
-as `messages`. A row that is no such thing is kept as a document with a `problem`, so that it can be counted.
+A document is a row in that form: plain text, with its label as JSON where it has one, or a sample as JSON with the
+columns of its format, sharegpt's written as `messages`. A row that is no such thing is kept as a document with a
+`problem`, so that it can be counted.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.config import FORMATS
+from train.config import FORMATS, PROBLEMS
 from train.errors import DataError
 
 ROLES = {  # sharegpt's names for them
@@ -93,7 +95,7 @@ def as_document(row: Any, where: str, schema: Schema) -> dict[str, Any]:
         schema: of the source, its format settled.
 
     Returns:
-        A document: `text`, `format`, `source` and `problem`.
+        A document: `text`, `label`, `format`, `source` and `problem`.
     """
     try:
         if isinstance(row, RowError):
@@ -101,18 +103,21 @@ def as_document(row: Any, where: str, schema: Schema) -> dict[str, Any]:
         if not isinstance(row, Mapping):
             raise RowError("wrong type", f"expected an object with columns, found {_type(row)}")
         text = _READERS[schema.format](row, schema)
+        label = _dump(_LABELS[schema.format](row, schema)) if schema.format in PROBLEMS else None
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise RowError("half a character", "it holds a lone surrogate escape; mend the text")
     except RowError as bad:
-        return {"text": "", "format": schema.format, "source": where, "problem": str(bad)}
+        return {"text": "", "label": None, "format": schema.format, "source": where, "problem": str(bad)}
     form = "messages" if schema.format == "sharegpt" else schema.format
-    return {"text": text, "format": form, "source": where, "problem": None}
+    return {"text": text, "label": label, "format": form, "source": where, "problem": None}
 
 
 def as_row(document: Mapping[str, Any]) -> dict[str, Any]:
     """Gives a document as a row that can be read again, with its `source`."""
-    is_text = document["format"] == "text"
-    content = {"text": document["text"]} if is_text else json.loads(document["text"])
+    form = document["format"]
+    content = {"text": document["text"]} if form in ("text", *PROBLEMS) else json.loads(document["text"])
+    if form in PROBLEMS:
+        content["labels" if form == "multi_label" else "label"] = json.loads(document["label"])
     return {**content, "source": document["source"]}
 
 
@@ -120,7 +125,7 @@ def texts_of(document: Mapping[str, Any]) -> list[str]:
     """Lists what a tokenizer sees of a document: its text, or the texts of its messages and columns."""
     if document["problem"] is not None:
         return []
-    if document["format"] == "text":
+    if document["format"] in ("text", *PROBLEMS):
         return [document["text"]]
     sample = json.loads(document["text"])
     if "messages" in sample:
@@ -236,7 +241,40 @@ def _tokens(row: Mapping[str, Any], schema: Schema) -> str:
     return _dump({"input_ids": ids, "labels": labels})
 
 
-def _dump(sample: dict[str, Any]) -> str:
+def _class(row: Mapping[str, Any], schema: Schema) -> str | int:
+    """Reads the name of a class, or its index."""
+    return _one_label(_column(row, "label", schema, object), schema.name("label"))
+
+
+def _classes(row: Mapping[str, Any], schema: Schema) -> list[str | int]:
+    return [_one_label(label, schema.name("labels")) for label in _column(row, "labels", schema, list)]
+
+
+def _one_label(label: Any, name: str) -> str | int:
+    if isinstance(label, float) and label.is_integer():  # a column with gaps turns whole numbers into these
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise RowError("wrong type", f"{name!r} holds {_type(label)}, neither a label's name nor its number")
+    if isinstance(label, str) and not label.strip():
+        raise RowError("empty label", f"{name!r} names none: label the row, or leave it out")
+    return label
+
+
+def _number(row: Mapping[str, Any], schema: Schema) -> float:
+    value = _column(row, "label", schema, object)
+    name = schema.name("label")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError("wrong type", f"{name!r} holds {_type(value)}, not a number")
+    try:
+        number = float(value)  # a CSV's numbers are text
+    except ValueError:
+        raise RowError("wrong type", f"{name!r} holds {value!r}, not a number") from None
+    if not math.isfinite(number):
+        raise RowError("not a number", f"{name!r} is {number}: give a finite one, or leave the row out")
+    return number
+
+
+def _dump(sample: Any) -> str:
     return json.dumps(sample, ensure_ascii=False)
 
 
@@ -247,4 +285,6 @@ _READERS = {
     "prompt_completion": _pair,
     "alpaca": _alpaca,
     "tokens": _tokens,
+    **dict.fromkeys(PROBLEMS, _text),
 }
+_LABELS = {"classification": _class, "multi_label": _classes, "regression": _number}

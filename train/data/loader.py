@@ -12,10 +12,12 @@ import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
-from train.config import Config, DataConfig
+from train.config import PROBLEMS, Config, DataConfig
 from train.data.formats import RowError
+from train.data.labelled import LabelledBatch, LabelledEncoder, LabelledRows, Labels, labels_of
 from train.data.packing import Batch, PackedRows, Row, make_row, pack_stream, stack
 from train.data.samples import SampleRows, pack_sample_stream
+from train.data.share import Share
 from train.data.sources import (
     column,
     load_documents,
@@ -28,37 +30,11 @@ from train.data.sources import (
 )
 from train.data.templates import Encoder
 from train.data.tokenized import encode, tokenize
-from train.data.tokenizer import document_ids
+from train.data.tokenizer import document_ids, give_padding
 from train.errors import DataError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which rows of an optimizer step are a process's.
-
-    A step takes the next A*P*B rows: accumulation, processes, micro-batch. They depend on the step alone; its
-    micro-step a takes P*B in a row, of which process r takes the r-th B.
-    """
-
-    rank: int
-    world_size: int
-    micro_batch_size: int
-    accumulation: int = 1
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of all processes and micro-steps."""
-        return self.accumulation * self.world_size * self.micro_batch_size
-
-    def rows(self, step: int) -> list[range]:
-        """Returns the indices of this process's rows at a step counted from 0, a range per micro-step."""
-        starts = (
-            step * self.rows_per_step + (micro_step * self.world_size + self.rank) * self.micro_batch_size
-            for micro_step in range(self.accumulation)
-        )
-        return [range(start, start + self.micro_batch_size) for start in starts]
+LISTED_LABELS = 8
 
 
 @dataclass
@@ -72,6 +48,7 @@ class Counts:
         cut: samples whose end was cut off.
         left_out: documents with a problem, by its kind.
         fullness: share of the rows of an epoch that is no padding.
+        labels: documents of each label.
     """
 
     documents: int = 0
@@ -80,6 +57,7 @@ class Counts:
     cut: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     fullness: float = 1.0
+    labels: dict[str, int] | None = None
 
     @classmethod
     def of(cls, rows: PackedRows | SampleRows, problems: list[tuple[str, str]], cut: int = 0) -> "Counts":
@@ -94,10 +72,11 @@ class Counts:
         )
 
     def __str__(self) -> str:
-        untrained = self.tokens - self.documents != self.trained_tokens  # beyond the first of each
+        untrained = self.labels is None and self.tokens - self.documents != self.trained_tokens  # beyond the first
         trained = f", {self.trained_tokens:,} of them trained," if untrained else ""
         left_out = [f"{count:,} {kind}" for kind, count in self.left_out.most_common()]
         parts = [f"{self.tokens:,} tokens{trained} in {self.documents:,} documents", f"rows {self.fullness:.1%} full"]
+        parts += [f"{count:,} {name}" for name, count in (self.labels or {}).items()][:LISTED_LABELS]
         parts += [f"{self.cut:,} cut"] if self.cut else []
         return ", ".join([*parts, *([f"left out: {', '.join(left_out)}"] if left_out else [])])
 
@@ -114,6 +93,7 @@ class Data:
         sequence_length: S.
         counts: of the documents; with streaming, as far as they were read.
         problems: place and problem of the documents left out; with streaming, of the held-out ones.
+        labels: what there is to tell apart, for a classifier.
     """
 
     rows: PackedRows | SampleRows | None
@@ -123,6 +103,7 @@ class Data:
     sequence_length: int
     counts: Counts = field(default_factory=Counts)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    labels: Labels | None = None
 
     def __str__(self) -> str:
         held_out = f"{len(self.held_out_documents)} held out"
@@ -145,15 +126,27 @@ class Data:
         for document in np.flatnonzero(self.rows.lengths)[:count]:
             yield self.rows.document(int(document))
 
-    def steps(self, share: Share) -> Iterator[list[Batch]]:
+    def label_of(self, index: int) -> str:
+        """Writes the label of the so-manieth training document at hand, after an arrow, if it has one."""
+        if not isinstance(self.rows, LabelledRows):
+            return ""
+        target = self.rows.target(int(np.flatnonzero(self.rows.lengths)[index])).tolist()
+        if self.rows.labels.problem == "regression":
+            return f" -> {target[0]:g}"
+        return f" -> {', '.join(self.rows.labels.names[int(label)] for label in target) or 'none'}"
+
+    def steps(self, share: Share) -> Iterator[list[Batch] | list[LabelledBatch]]:
         """Yields a process's micro-batches, step after step, without end."""
         if self.rows is not None:
             return _steps_at_hand(self.rows, share)
         assert self.stream is not None
         return _steps_of_stream(self.stream(), share)
 
-    def evaluation(self, share: Share) -> Iterator[Batch]:
+    def evaluation(self, share: Share) -> Iterator[Batch | LabelledBatch]:
         """Yields a process's held-out batches: each row once, and as many batches on every process."""
+        if isinstance(self.held_out, LabelledRows):
+            yield from self.held_out.evaluation(share)
+            return
         count = len(self.held_out)
         empty = make_row([], self.sequence_length)
         for step in range(-(-count // share.rows_per_step)):
@@ -206,6 +199,9 @@ def pack(
         DataError: for documents that cannot be trained on, and are not to be left out.
         ConfigError: for chats without a template.
     """
+    if config.data.format in PROBLEMS:
+        assert isinstance(training, Dataset)
+        return _pack_labelled(training, held_out, tokenizer, config)
     are_texts = all(_are_texts(documents) for documents in (training, held_out)) and weights_of(config.data) is None
     return (_pack_texts if are_texts else _pack_samples)(training, held_out, tokenizer, config)
 
@@ -277,6 +273,35 @@ def _pack_samples(
     return Data(None, stream, held_out_rows, held_out, length, counts, problems)
 
 
+def _pack_labelled(training: Dataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> Data:
+    """Makes rows of labelled texts, one each."""
+    data, length = config.data, config.data.sequence_length
+    labels = labels_of(training, data)
+    encoder = LabelledEncoder(tokenizer, data, labels)
+    encoded, kept = (encode(documents, encoder) for documents in (training, held_out))
+    problems = [*problems_of(encoded), *problems_of(kept)]
+    refuse(problems, data)
+    held_out = held_out.select(np.flatnonzero(column(kept, "problem").is_null().to_numpy()))
+    if not (len(held_out) and column(encoded, "problem").null_count):
+        raise DataError(f"no sample can be used: the first is {problems[0][0]}: {problems[0][1]}")
+    padding = give_padding(tokenizer)
+    rows = LabelledRows(
+        encoded,
+        length,
+        labels,
+        padding,
+        seed=config.run.seed,
+        shuffle=data.shuffle,
+        epochs=config.train.epochs,
+        weights=weights_of(data),
+    )
+    cut = int(column(encoded, "is_cut").to_numpy().sum())
+    counts = Counts.of(rows, problems, cut)
+    counts.fullness, counts.labels = rows.fullness(config.train.micro_batch_size), rows.histogram()
+    kept_rows = LabelledRows(kept, length, labels, padding)
+    return Data(rows, None, kept_rows, held_out, length, counts, problems, labels)
+
+
 def _epochs(documents: IterableDataset, data: DataConfig, seed: int, counts: Counts) -> Iterator[dict[str, Any]]:
     """Yields a stream's documents, epoch after epoch, and counts those left out."""
     if data.shuffle:
@@ -310,10 +335,14 @@ def _stream_samples(
                 yield sample.ids, sample.trained
 
 
-def _steps_at_hand(rows: PackedRows | SampleRows, share: Share) -> Iterator[list[Batch]]:
+def _steps_at_hand(rows: PackedRows | SampleRows, share: Share) -> Iterator[list[Batch] | list[LabelledBatch]]:
     step = 0
     while True:
-        yield [stack([rows[row] for row in indices]) for indices in share.rows(step)]
+        yield (
+            rows.step(step, share)
+            if isinstance(rows, LabelledRows)
+            else [stack([rows[row] for row in indices]) for indices in share.rows(step)]
+        )
         step += 1
 
 

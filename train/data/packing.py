@@ -34,6 +34,11 @@ class Batch(NamedTuple):
     shifted_labels: Tensor
     token_mask: Tensor
 
+    @property
+    def trained(self) -> Tensor:
+        """Number of tokens that are predicted."""
+        return (self.shifted_labels != IGNORE_INDEX).sum()
+
     def to(self, device: torch.device) -> "Batch":
         """Moves the batch."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))

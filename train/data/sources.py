@@ -23,6 +23,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import (
+    ClassLabel,
     Dataset,
     DatasetDict,
     Features,
@@ -45,6 +46,7 @@ from train.errors import DataError, MachineError
 FEATURES = Features(
     {
         "text": Value("large_string"),
+        "label": Value("string"),
         "format": Value("string"),
         "source": Value("string"),
         "problem": Value("string"),
@@ -355,8 +357,10 @@ def _from_dataset(
         raise DataError(f"data.path={source.path}: no text in it")
     schema = _schema(asdict(source)).recognised(first, f"{source.path}:0")
 
+    named = _label_names(rows.features or {}, schema)
+
     def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        columns = batch.values()
+        columns = [_named(values, named[name]) if name in named else values for name, values in batch.items()]
         rows = (dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True))
         places = ((f"{source.path}:{index}", row) for index, row in zip(indices, rows, strict=True))
         documents = list(_documents(places, schema, part, strict))
@@ -366,3 +370,22 @@ def _from_dataset(
     if isinstance(rows, Dataset):
         options |= {"num_proc": workers if workers > 1 else None, "desc": "reading"}
     return rows.map(convert, **options)
+
+
+def _label_names(features: Mapping[str, Any], schema: Schema) -> dict[str, list[str]]:
+    """Finds the columns of labels, or of lists of them, whose numbers a dataset has names for."""
+    found = {}
+    for column in {schema.name("label"), schema.name("labels")} & features.keys():
+        feature = features[column]
+        feature = getattr(feature, "feature", feature)
+        if isinstance(feature, ClassLabel):
+            found[column] = feature.names
+    return found
+
+
+def _named(values: list[Any], names: list[str]) -> list[Any]:
+    """Gives labels their names; a number that has none stays, and is out of range later."""
+    return [
+        _named(value, names) if isinstance(value, list) else names[value] if value in range(len(names)) else value
+        for value in values
+    ]

@@ -35,11 +35,12 @@ Span = tuple[int, int]
 
 
 class Sample(NamedTuple):
-    """Token ids, which of them are trained, and whether the end was cut off."""
+    """Token ids, which of them are trained, whether the end was cut off, and what a labelled text is to be told as."""
 
     ids: np.ndarray
     trained: np.ndarray
     is_cut: bool = False
+    target: tuple[float, ...] = ()
 
 
 class Written(NamedTuple):
@@ -134,7 +135,7 @@ class Encoder:
         Raises:
             RowError: for a sample that is too long, or that has nothing to train on.
         """
-        ids, trained, _ = sample
+        ids, trained = sample.ids, sample.trained
         length = self.data.sequence_length
         is_cut = len(ids) > length
         if is_cut and self.data.too_long != "cut":

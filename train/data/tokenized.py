@@ -9,6 +9,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from train.data.labelled import LabelledEncoder
 from train.data.templates import Encoder, Sample
 from train.data.tokenizer import document_ids
 
@@ -17,6 +18,7 @@ ENCODED = Features(
         "input_ids": List(Value("int32")),
         "trained": List(Value("uint8")),
         "trained_tokens": Value("int32"),
+        "target": List(Value("float32")),
         "is_cut": Value("bool"),
         "problem": Value("string"),
         "source": Value("string"),
@@ -44,7 +46,7 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, workers: in
     )
 
 
-def encode(documents: Dataset, encoder: Encoder) -> Dataset:
+def encode(documents: Dataset, encoder: Encoder | LabelledEncoder) -> Dataset:
     """Maps documents to `ENCODED`, cached likewise; those with a problem are empty."""
 
     def work(batch: pa.Table) -> pa.Table:
@@ -62,6 +64,7 @@ def encode(documents: Dataset, encoder: Encoder) -> Dataset:
             "input_ids": pa.ListArray.from_arrays(bounds, pa.array(ids, pa.int32())),
             "trained": pa.ListArray.from_arrays(bounds, pa.array(trained.view(np.uint8))),
             "trained_tokens": pa.array([int(sample.trained[1:].sum()) for sample in kept], pa.int32()),
+            "target": pa.array([list(sample.target) for sample in kept], pa.list_(pa.float32())),
             "is_cut": pa.array([sample.is_cut for sample in kept]),
             "problem": pa.array(problems, pa.string()),
         }
@@ -81,7 +84,7 @@ def encode(documents: Dataset, encoder: Encoder) -> Dataset:
 
 
 def _fingerprint(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *more: str) -> str:
-    files = (__file__, inspect.getfile(document_ids), inspect.getfile(Encoder))
+    files = (__file__, *(inspect.getfile(part) for part in (document_ids, Encoder, LabelledEncoder)))
     code = [Path(file).read_text(encoding="utf-8") for file in files]
     described = [*code, documents._fingerprint, str(tokenizer.bos_token_id), str(tokenizer.eos_token_id), *more]
     described.append(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer))

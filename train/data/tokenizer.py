@@ -190,6 +190,14 @@ def add_instruct_template(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = INSTRUCT_TEMPLATE
 
 
+def give_padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Names a padding token where a tokenizer has none: the unknown one, else the end; returns its id."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token_id is not None else tokenizer.eos_token
+    padding: int = tokenizer.pad_token_id
+    return padding
+
+
 def give_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
     """Gives a tokenizer the chat template that `data.chat_template` names.
 

@@ -48,7 +48,8 @@ def draw_loss(rows: list[dict[str, Any]], target: Path) -> None:
         color="tab:orange",
         label="held-out",
     )
-    upper.set_ylabel("cross-entropy (nats per token)")
+    is_classifier = evaluated and "eval_perplexity" not in evaluated[-1]
+    upper.set_ylabel("loss (a row)" if is_classifier else "cross-entropy (nats per token)")
     upper.legend()
     lower.plot(steps, [row["router_loss"] for row in trained], color="tab:green", linewidth=1.2)
     lower.set_ylabel("router loss")

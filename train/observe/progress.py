@@ -17,6 +17,15 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def shown(row: dict[str, Any]) -> str:
+    """Writes a row's held-out figures besides the loss, each after a comma."""
+    figures = [name for name in row if name.startswith("eval_") and name != "eval_loss"]
+    return "".join(
+        f", {name.removeprefix('eval_').replace('_', ' ')} {row[name]:{',.1f' if 'perplexity' in name else '.4f'}}"
+        for name in figures
+    )
+
+
 def header(config: Config, model: MixtralConfig, size: str, max_steps: int, processes: int, device: str) -> str:
     """Describes a run in a few aligned lines."""
     plural = f"{processes} process{'es' if processes > 1 else ''}"
@@ -58,11 +67,7 @@ class Progress:
                 f"router {row['router_loss']:.3f}",
                 f"{row['tokens_per_second']:,.0f} tok/s",
             ]
-        held_out = (
-            f"held-out loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:,.1f}"
-            if "eval_loss" in row
-            else ""
-        )
+        held_out = f"held-out loss {row['eval_loss']:.4f}{shown(row)}" if "eval_loss" in row else ""
         if self._bar is not None:
             if parts:
                 self._bar.set_postfix_str(", ".join(parts))

@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from mixtral import MixtralConfig, MixtralForCausalLM
+from mixtral import MixtralConfig
+from mixtral.modeling import MixtralPreTrainedModel as Model
 from mixtral.weights.names import is_stacked, unwrapped
 from train.config import Config
-from train.data.packing import Batch
+from train.data.labelled import AnyBatch
 from train.errors import MachineError, UserError
 from train.parallel.exchange import Traffic
 from train.parallel.launcher import number_of_processes
@@ -52,7 +53,7 @@ class Engine(ABC):
         module: the model itself, with this rank's experts; `model` is the same, wrapped for training.
     """
 
-    module: MixtralForCausalLM
+    module: Model
     model: Any
 
     def __init__(self, config: Config, **options: Any) -> None:
@@ -81,7 +82,7 @@ class Engine(ABC):
         return range(first, first + each)
 
     @abstractmethod
-    def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
+    def prepare(self, model: Model, weights: Weights) -> None:
         """Fills a model and builds its optimizer.
 
         Args:
@@ -149,7 +150,7 @@ class Engine(ABC):
             dist.send(mine.contiguous(), dst=0)
         return mine
 
-    def place(self, batch: Batch) -> Batch:
+    def place(self, batch: AnyBatch) -> AnyBatch:
         """Moves a batch to the device, in the form that the model takes."""
         return place(batch, self.module.config, self.device)
 
@@ -222,7 +223,7 @@ class Engine(ABC):
             dist.destroy_process_group()
 
 
-def place(batch: Batch, model: MixtralConfig, device: torch.device) -> Batch:
+def place(batch: AnyBatch, model: MixtralConfig, device: torch.device) -> AnyBatch:
     """Moves a batch to a device, in the form that a model's attention backend keeps documents apart in."""
     if str(model._attn_implementation).startswith("flash"):  # varlen kernels take one long row
         batch = batch.flattened()

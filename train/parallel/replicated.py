@@ -8,12 +8,11 @@ import torch.distributed as dist
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor
 
-from mixtral import MixtralForCausalLM
 from mixtral.weights.names import trained_parameters, unwrapped
 from train.config import Config
 from train.errors import ConfigError, NumericsError
 from train.optim import MasterWeights, build_optimizer, global_norm
-from train.parallel.engine import Engine, Kind, Weights, fill
+from train.parallel.engine import Engine, Kind, Model, Weights, fill
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -37,7 +36,7 @@ class ReplicatedEngine(Engine):
             )
         self._config = config.optim
 
-    def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
+    def prepare(self, model: Model, weights: Weights) -> None:
         for _ in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
             pass
         model.to(self.device)

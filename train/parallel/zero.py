@@ -11,12 +11,11 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
-from mixtral import MixtralForCausalLM
 from mixtral.weights.names import is_stacked, trained_parameters, unwrapped
 from train.config import Config
 from train.errors import NumericsError
 from train.optim import build_optimizer
-from train.parallel.engine import Engine, Kind, Weights, fill
+from train.parallel.engine import Engine, Kind, Model, Weights, fill
 from train.parallel.exchange import Traffic
 from train.parallel.expert import ExpertParallelBlock, mark_as_split, split_experts
 
@@ -62,7 +61,7 @@ class ZeroEngine(Engine):
         if self.expert_ranks > 1:
             groups._create_expert_and_data_parallel(self.expert_ranks)
 
-    def prepare(self, model: MixtralForCausalLM, weights: Weights) -> None:
+    def prepare(self, model: Model, weights: Weights) -> None:
         self.load(model, weights)
         optimizer = build_optimizer(trained_parameters(model), self._config.optim)
         if self.expert_ranks > 1:
@@ -72,7 +71,7 @@ class ZeroEngine(Engine):
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.module = self.model.module
 
-    def load(self, model: MixtralForCausalLM, weights: Weights) -> None:
+    def load(self, model: Model, weights: Weights) -> None:
         """Splits a model's experts and materialises its parameters one by one.
 
         At stage 3 each is partitioned before the next one comes.

@@ -185,9 +185,9 @@ def _accumulate(
     for micro_step in micro_steps:
         joined = [Batch(*map(torch.cat, zip(*micro_step, strict=True)))]
         for batch in micro_step if coefficients.scope == "huggingface" else joined:
-            batch = place(batch, model.config, load_LE.device)
-            output = predict(model, batch, size.trained_tokens, routing=True)
-            parts = objective_parts(output, batch, size, lambda tensor: tensor, coefficients, load_LE)
+            placed = place(batch, model.config, load_LE.device)
+            output = predict(model, placed, size.trained_tokens, routing=True)
+            parts = objective_parts(output, placed, size, lambda tensor: tensor, coefficients, load_LE)
             parts.loss(coefficients).backward()
             masters.collect_gradients()
             done.append(parts.detached())

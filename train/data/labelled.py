@@ -1,0 +1,293 @@
+"""Labelled texts: which labels there are, what of them a model learns, and batches of rows that are as long.
+
+A row is one text, as the tokenizer's own call writes it, so that a classifier sees in training what it sees in use. The
+rows of a few steps in a row are sorted by length before they are divided into steps, and those of a step before they
+are divided among processes and micro-steps: rows that are padded to one length have nearly the same.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mixtral.ops.cross_entropy import IGNORE_INDEX
+from train.config import PROBLEMS, DataConfig
+from train.data.formats import RowError
+from train.data.packing import Batch, TokenTable
+from train.data.samples import SampleRows
+from train.data.share import Share
+from train.data.sources import column
+from train.data.templates import Sample
+from train.errors import DataError
+
+WINDOW = 8  # steps whose rows are sorted by length together
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a classifier is to tell apart.
+
+    Attributes:
+        problem: a `problem_type` of transformers.
+        names: of the labels, by their indices; of a regression, of its one number.
+    """
+
+    problem: str
+    names: tuple[str, ...]
+
+    def target(self, label: Any) -> list[float]:
+        """Gives the index of a row's label, those of its several labels, or its number.
+
+        Raises:
+            RowError: for a label that there is not.
+        """
+        if self.problem == "regression":
+            return [label]
+        if self.problem == "single_label_classification":
+            return [self._index(label)]
+        return sorted({self._index(one) for one in label})
+
+    def _index(self, label: str | int) -> int:
+        if label in self.names:
+            return self.names.index(label)
+        if isinstance(label, str) and not label.strip().isdigit():
+            raise RowError(
+                "unknown label", f"{label!r} is none of {', '.join(self.names)}: mend it, or name it in data.labels"
+            )
+        if not 0 <= int(label) < len(self.names):
+            raise RowError(
+                "label out of range",
+                f"{label}, but the {len(self.names)} labels from 0 on are {', '.join(self.names)}: mend it, or name "
+                "more in data.labels",
+            )
+        return int(label)
+
+
+def labels_of(documents: Dataset, data: DataConfig) -> Labels:
+    """Gives the labels that `data.labels` names, or else those that the training documents have.
+
+    Raises:
+        DataError: where those are no classes.
+    """
+    problem = PROBLEMS[data.format]
+    if problem == "regression":
+        return Labels(problem, ("value",))
+    if data.labels:
+        return Labels(problem, tuple(data.labels))
+    rows = [json.loads(label) for label in column(documents, "label").unique().to_pylist() if label is not None]
+    found = {one for row in rows for one in (row if isinstance(row, list) else [row])}
+    numbers = sorted(label for label in found if isinstance(label, int) or label.strip().isdigit())
+    name = data.columns.get("label", "label")
+    if len(found) < 2 and problem == "single_label_classification":
+        raise DataError(
+            f"data.path={data.names}: every row has the {name} {found or 'of a bad row'}, which teaches nothing"
+        )
+    if 0 < len(numbers) < len(found):
+        raise DataError(
+            f"data.path={data.names}: some labels are names ({min(found - set(numbers))!r}) and some numbers "
+            f"({numbers[0]}): write them alike, or list the names in data.labels"
+        )
+    if numbers and sorted(map(int, numbers)) != list(range(len(numbers))):
+        few = ", ".join(map(str, sorted(map(int, numbers))[:10]))
+        raise DataError(
+            f"data.path={data.names}: the labels {few}, ... are not the numbers from 0 on: list the names of all in "
+            "data.labels"
+        )
+    return Labels(problem, tuple(map(str, sorted(map(int, numbers)))) if numbers else tuple(sorted(found)))
+
+
+class LabelledEncoder:
+    """Turns labelled texts into samples.
+
+    Args:
+        tokenizer: whose own call writes the texts, its special tokens included; a mark in a text is text.
+        data: says how long a text may be.
+        labels: what there is to tell apart.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, labels: Labels) -> None:
+        self.tokenizer, self.data, self._labels = tokenizer, data, labels
+
+    def described(self) -> list[str]:
+        """Lists what its samples depend on besides documents and tokenizer."""
+        return [self._labels.problem, *self._labels.names, self.data.too_long, str(self.data.sequence_length)]
+
+    def encode(self, documents: Sequence[Mapping[str, Any]]) -> list[Sample | RowError]:
+        """Encodes documents; a `RowError` takes the place of one that cannot be trained on."""
+        if not documents:
+            return []
+        options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
+        all_ids = self.tokenizer([document["text"] for document in documents], **options)["input_ids"]
+        result: list[Sample | RowError] = []
+        for document, ids in zip(documents, all_ids, strict=True):
+            try:
+                result.append(self._sample(document, ids))
+            except RowError as bad:
+                result.append(bad)
+        return result
+
+    def _sample(self, document: Mapping[str, Any], ids: list[int]) -> Sample:
+        target = self._labels.target(json.loads(document["label"]))
+        length = self.data.sequence_length
+        is_cut = len(ids) > length
+        if is_cut and self.data.too_long != "cut":
+            fix = "raise it, or set data.too_long=cut or skip"
+            raise RowError("too long", f"{len(ids)} tokens, but data.sequence_length={length}: {fix}")
+        kept = np.asarray(ids[:length], np.int32)
+        return Sample(kept, np.zeros(len(kept), bool), is_cut, tuple(target))
+
+
+class LabelledBatch(NamedTuple):
+    """Rows of one text each, padded on the right.
+
+    Attributes:
+        input_ids: (B, S) token ids.
+        position_ids: (B, S), from 0 on.
+        labels: (B,) class indices, -100 where a row is none; else (B, labels), NaN where it is none.
+        token_mask: (B, S), false for padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    token_mask: Tensor
+
+    @property
+    def trained(self) -> Tensor:
+        """Number of labelled rows."""
+        return self.is_row.sum()
+
+    @property
+    def is_row(self) -> Tensor:
+        """(B,): which rows are no padding."""
+        return self.token_mask[:, 0]
+
+    def to(self, device: torch.device) -> "LabelledBatch":
+        """Moves the batch."""
+        return LabelledBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def flattened(self) -> "LabelledBatch":
+        """Stays as it is: a row is one document."""
+        return self
+
+
+AnyBatch = Batch | LabelledBatch
+
+
+class LabelledRows(SampleRows):
+    """Labelled texts that are at hand: the rows of any step.
+
+    Args:
+        samples: see `train.data.tokenized.ENCODED`; the empty ones are left out.
+        sequence_length: bound on a text.
+        labels: what there is to tell apart.
+        padding: id of the token that fills rows up.
+        options: as of `SampleRows`.
+    """
+
+    def __init__(self, samples: Dataset, sequence_length: int, labels: Labels, padding: int, **options: Any) -> None:
+        super().__init__(samples, sequence_length, window=1, **options)
+        self.labels, self._padding = labels, padding
+        self._targets = TokenTable(samples, "target")
+        self._window = lru_cache(maxsize=2)(self._window_of)
+
+    def target(self, sample: int) -> np.ndarray:
+        """Returns a sample's label: its index, those of its several labels, or its number."""
+        return self._targets.read(sample, 0, int(self._targets.lengths[sample]))
+
+    def histogram(self) -> dict[str, int]:
+        """Counts the samples of each label; of a regression, none."""
+        if self.labels.problem == "regression":
+            return {}
+        targets = [int(one) for sample in np.flatnonzero(self.lengths) for one in self.target(int(sample))]
+        counts = Counter(targets)
+        return {name: counts[index] for index, name in enumerate(self.labels.names)}
+
+    def step(self, step: int, share: Share) -> list[LabelledBatch]:
+        """Returns a process's micro-batches of a step, counted from 0; past the end their rows are padding."""
+        window, within = divmod(step, WINDOW)
+        size = share.rows_per_step
+        samples = self._window(window, size)[within * size : (within + 1) * size]
+        return self._divided(samples, share)
+
+    def evaluation(self, share: Share) -> Iterator[LabelledBatch]:
+        """Yields a process's batches: each sample once, the shortest first, and as many batches on every process."""
+        samples = np.flatnonzero(self.lengths)
+        samples = samples[np.argsort(self.lengths[samples], kind="stable")]
+        for start in range(0, len(samples), share.rows_per_step):
+            yield from self._divided(samples[start : start + share.rows_per_step], share)
+
+    def fullness(self, rows: int) -> float:
+        """Gives the share of the first epoch's batches that is no padding, where so many rows are padded alike."""
+        laid = total = 0
+        for step in range(-(-self.rows_per_epoch // rows)):
+            window, within = divmod(step, WINDOW)
+            lengths = self.lengths[self._window(window, rows)[within * rows : (within + 1) * rows]]
+            laid += rows * int(lengths.max(initial=0))
+            total += int(lengths.sum())
+        return total / max(1, laid)
+
+    def _window_of(self, window: int, size: int) -> np.ndarray:
+        """Returns the samples of the steps of a window, each step sorted by length; fewer where the samples end."""
+        first, stop = window * WINDOW * size, (window + 1) * WINDOW * size
+        samples = self._between(first, stop if self._end is None else min(stop, self._end))
+        if self.shuffle:
+            samples = samples[np.argsort(self.lengths[samples], kind="stable")]
+        steps = [samples[start : start + size] for start in range(0, len(samples), size)]
+        if self.shuffle:
+            whole = len(samples) // size
+            order = np.random.default_rng((self.seed, window, size)).permutation(whole)
+            steps = [*(steps[number] for number in order), *steps[whole:]]
+        return np.concatenate(
+            [chosen[np.argsort(self.lengths[chosen], kind="stable")] for chosen in steps] or [samples]
+        )
+
+    def _between(self, first: int, stop: int) -> np.ndarray:
+        """Returns the samples of rows `first` to `stop`, counted through all epochs."""
+        epoch, parts = 0, [np.zeros(0, np.int64)]
+        while first < stop:
+            while first >= self._end_of(epoch):
+                epoch += 1
+            begin = self._end_of(epoch - 1) if epoch else 0
+            last = min(stop, self._end_of(epoch))
+            parts.append(self._unit_sample[self._plan(epoch).units[first - begin : last - begin]])
+            first = last
+        return np.concatenate(parts)
+
+    def _divided(self, samples: np.ndarray, share: Share) -> list[LabelledBatch]:
+        """Returns this process's micro-batches of some samples; those of a micro-step have one length everywhere."""
+        width = share.world_size * share.micro_batch_size
+        batches = []
+        for rows in share.rows(0):
+            together = samples[rows.start // width * width :][:width]
+            longest = int(self.lengths[together].max(initial=1))
+            batches.append(self._batch(samples[rows.start : rows.stop], share.micro_batch_size, longest))
+        return batches
+
+    def _batch(self, samples: np.ndarray, size: int, longest: int) -> LabelledBatch:
+        ids, mask = np.full((size, longest), self._padding, np.int64), np.zeros((size, longest), bool)
+        is_class = self.labels.problem == "single_label_classification"
+        labels = (
+            torch.full((size,), IGNORE_INDEX) if is_class else torch.full((size, len(self.labels.names)), torch.nan)
+        )
+        for row, sample in enumerate(samples.tolist()):
+            length = int(self.lengths[sample])
+            ids[row, :length], mask[row, :length] = self._ids.read(sample, 0, length), True
+            target = torch.from_numpy(self.target(sample).copy())
+            if is_class:
+                labels[row] = int(target[0])
+            elif self.labels.problem == "regression":
+                labels[row] = target
+            else:
+                labels[row] = 0.0
+                labels[row, target.long()] = 1.0
+        positions = torch.arange(longest).expand(size, -1)
+        return LabelledBatch(torch.from_numpy(ids), positions, labels, torch.from_numpy(mask))

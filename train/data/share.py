@@ -1,0 +1,30 @@
+"""Which rows of a step are whose."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of an optimizer step are a process's.
+
+    A step takes the next A*P*B rows: accumulation, processes, micro-batch. They depend on the step alone; its
+    micro-step a takes P*B in a row, of which process r takes the r-th B.
+    """
+
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    accumulation: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of all processes and micro-steps."""
+        return self.accumulation * self.world_size * self.micro_batch_size
+
+    def rows(self, step: int) -> list[range]:
+        """Returns the indices of this process's rows at a step counted from 0, a range per micro-step."""
+        starts = (
+            step * self.rows_per_step + (micro_step * self.world_size + self.rank) * self.micro_batch_size
+            for micro_step in range(self.accumulation)
+        )
+        return [range(start, start + self.micro_batch_size) for start in starts]
