@@ -12,7 +12,7 @@ import pytest
 
 from tests.train.helpers import SMALL, read_json
 from train.cli import main
-from train.data.prepare import chatterbot, divide
+from train.data.prepare import TWEETS_FILE, chatterbot, divide, divide_tweets, tweets, words_of
 from train.data.tokenizer import mixtral_tokenizer
 from train.inspect_data import _histogram, marked
 
@@ -148,3 +148,18 @@ def test_chatterbot_conversations_become_messages_with_no_question_on_both_sides
     questions = [{row["messages"][0]["content"] for row in side} for side in (training, held_out)]
     assert all(questions)
     assert not questions[0] & questions[1]
+
+
+def test_tweets_keep_their_labels_and_no_two_say_the_same_on_both_sides():
+    archive = io.BytesIO()
+    rows = [f'negative,1,"no, {n % 2500} \xe9 http://t.co/{n}"' for n in range(3000)]
+    rows += ["positive,0.5,RT @someone: No 7 \xe9!", "neutral,1,http://t.co/x", "positive,1,yes"]
+    with zipfile.ZipFile(archive, "w") as files:
+        files.writestr(TWEETS_FILE, "\n".join(["sentiment,confidence,text", *rows]).encode("latin-1"))
+    found = list(tweets(archive.getvalue()))
+    assert len(found) == 2501
+    assert found[-1] == {"text": "yes", "label": "positive"}
+    assert found[0] == {"text": "no, 0 \xe9 http://t.co/0", "label": "negative"}
+    training, held_out = divide_tweets(found)
+    assert (len(training), len(held_out)) == (501, 2000)
+    assert not {words_of(row["text"]) for row in training} & {words_of(row["text"]) for row in held_out}
