@@ -17,6 +17,7 @@ usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
        python -m train ...
        torchrun --nproc_per_node N -m train ...
        torchrun --nproc_per_node N -m train.verify ...    (compares the layout with one process)
+       cierzo evaluate ...    (held-out figures of model.init_from, or of several models: evaluate.compare=[A,B])
        cierzo inspect_data ...    (checks and describes the data of a recipe; trains nothing)
        cierzo convert --input_dir FOLDER --output_dir FOLDER    (weights; see cierzo convert --help)
        cierzo export adapter=FOLDER output_dir=FOLDER    (merges an adapter into its base; see cierzo export --help)
@@ -24,7 +25,7 @@ usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
 
 The recipe is applied after the defaults, the command line last.
 """
-VERBS = ("train", "verify", "inspect_data", "convert", "export", "keys")
+VERBS = ("train", "verify", "evaluate", "inspect_data", "convert", "export", "keys")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from train.inspect_data import inspect_data
 
             return inspect_data(rest)
-        composed = _compose(verb, rest)
+        models = _models(rest) if verb == "evaluate" else {}
+        composed = next(iter(models.values())) if models else _compose(verb, rest)
     except UserError as error:
         report(error, met=False)
         return error.code
@@ -78,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         shrink(composed.config)
         return run(composed, verify)
+    if verb == "evaluate":
+        from train.evaluate.verb import evaluation
+
+        configs = {name: model.config for name, model in models.items()}
+        return run(composed, lambda engine, folder, _: evaluation(engine, folder, configs))
     return run(composed)
 
 
@@ -85,16 +92,31 @@ def _compose(verb: str, words: Sequence[str]) -> "Composed":
     """Composes a run's configuration, and refuses what can be seen to fail before torch is imported."""
     from train.compose import compose
     from train.config import check_training
-    from train.folder import refuse_early
-    from train.parallel.launcher import check_launch, is_first
 
     composed = compose(words)
     if verb == "train":
         check_training(composed.config)
+    _check_place(composed)
+    return composed
+
+
+def _models(words: Sequence[str]) -> "dict[str, Composed]":
+    """Composes the configurations of the models to evaluate, likewise."""
+    from train.evaluate.models import find_models
+
+    models = find_models(words)
+    _check_place(next(iter(models.values())))
+    return models
+
+
+def _check_place(composed: "Composed") -> None:
+    """Refuses processes and folders that do not fit."""
+    from train.folder import refuse_early
+    from train.parallel.launcher import check_launch, is_first
+
     check_launch(composed.config)
     if composed.config.run.dir and is_first():
         refuse_early(Path(composed.config.run.dir).expanduser())
-    return composed
 
 
 def _help() -> str:

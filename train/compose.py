@@ -14,7 +14,7 @@ import yaml
 
 from train.config import Config, SourceConfig, check, keys, nearest
 from train.errors import ConfigError
-from train.inherit import inherit, inherit_adapter
+from train.inherit import inherit, inherit_adapter, inherit_adapter_labels
 
 SECTIONS: dict[str, set[str]] = {section.name: set() for section in dataclasses.fields(Config)}
 for _key in keys():
@@ -94,6 +94,7 @@ def compose(argv: Sequence[str]) -> Composed:
         inherit(config, explicit)
     if config.lora.init_from is not None:
         inherit_adapter(config.lora, explicit)
+        inherit_adapter_labels(config)
     check(config)
     return Composed(config=config, recipe=name, overrides=list(argv))
 

@@ -343,6 +343,15 @@ class EvaluateConfig:
     micro_batch_size: int | None = key(
         None, "rows per process and forward pass; by default train.micro_batch_size", minimum=1
     )
+    prompts: str | None = key(
+        None,
+        "a file of prompts that evaluations answer: rows {prompt, choices, answer}, the right one's number from 0 on, "
+        "or {prompt, answer}, to be written; a prompt is a text or a list of messages",
+    )
+    answer_tokens: int = key(32, "bound on a written answer, in tokens", minimum=1)
+    compare: list[str] = key(
+        [], "the verb evaluate: folders or hub ids of models, or folders of adapters, that are evaluated side by side"
+    )
     sample_prompt: str = key("", "what the text generated at the end begins with")
     sample_tokens: int = key(64, "tokens generated at the end; 0 generates none", minimum=0)
 
@@ -592,6 +601,14 @@ def _check_parallel(config: Config) -> None:
 
 def _check_run(config: Config) -> None:
     model, data, train = config.model, config.data, config.train
+    prompts = config.evaluate.prompts
+    _refuse(
+        prompts is not None and not Path(prompts).expanduser().is_file(), f"evaluate.prompts={prompts}: no such file"
+    )
+    _refuse(
+        prompts is not None and data.format in PROBLEMS,
+        f"evaluate.prompts={prompts}: a classifier (data.format={data.format}) answers none",
+    )
     _refuse(
         data.sequence_length > model.max_position_embeddings,
         f"data.sequence_length={data.sequence_length} is more than "

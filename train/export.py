@@ -190,7 +190,11 @@ def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str,
         base=config.model.init_from,
         config=target.name if is_classifier else config.model.init_from,
     )
-    figures = [name for name in summary if name.startswith("eval_") and name not in ("eval_loss", "eval_perplexity")]
+    figures = [
+        name
+        for name in summary
+        if name.startswith("eval_") and "/" not in name and name not in ("eval_loss", "eval_perplexity")
+    ]
     what = f"A Mixtral of {count.total:,} parameters ({count.active:,} active per token)"
     if adapter is not None:
         targets = [*adapter.targets, *(["the experts"] if adapter.experts else [])]

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from train.config import PROBLEMS, TARGETS, Config, LoraConfig, ModelConfig, words_of
+from train.config import PROBLEMS, TARGETS, Config, DataConfig, LoraConfig, ModelConfig, words_of
 from train.errors import CheckpointError, ConfigError
 
 FREE = ("sliding_window", "attention_dropout", "router_aux_loss_coef", "router_jitter_noise")
@@ -40,10 +40,22 @@ def inherit(config: Config, explicit: Collection[str]) -> None:
         setattr(config.model, name, theirs)
     if "data.tokenizer" not in explicit:
         config.data.tokenizer = source
-    problem = PROBLEMS.get(config.data.format)
-    if problem is not None and described.get("problem_type") == problem != "regression" and not config.data.labels:
+    _inherit_labels(config.data, described)
+
+
+def _inherit_labels(data: DataConfig, described: dict[str, Any]) -> None:
+    """Sets `data.labels`, where a classifier is trained, to those of another, as its `config.json` says."""
+    problem = PROBLEMS.get(data.format)
+    if problem is not None and described.get("problem_type") == problem != "regression" and not data.labels:
         named = described.get("id2label") or {}
-        config.data.labels = [str(named[number]) for number in sorted(named, key=int)]
+        data.labels = [str(named[number]) for number in sorted(named, key=int)]
+
+
+def inherit_adapter_labels(config: Config) -> None:
+    """Sets `data.labels` to those of a classifier's adapter in `lora.init_from`, which has a `config.json`."""
+    path = Path(config.lora.init_from or "") / "config.json"
+    if config.data.format in PROBLEMS and path.is_file():
+        _inherit_labels(config.data, _read(str(path.parent)))
 
 
 def inherit_adapter(lora: LoraConfig, explicit: Collection[str]) -> None:

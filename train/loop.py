@@ -13,7 +13,8 @@ from train.config import Config
 from train.data.labelled import AnyBatch
 from train.data.loader import Data, Prefetch
 from train.data.share import Share
-from train.evaluate import evaluate
+from train.evaluate.held_out import evaluate
+from train.evaluate.prompts import Prompts
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
 from train.observe.observer import Observer
 from train.optim import learning_rate
@@ -53,15 +54,17 @@ class StepResult:
         }
 
 
-def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: Observer) -> None:
-    """Trains, evaluating before the first step, every `evaluate.every` steps and after the last."""
+def train(
+    engine: Engine, config: Config, data: Data, max_steps: int, observer: Observer, prompts: Prompts | None = None
+) -> None:
+    """Trains, evaluating before the first step, every `evaluate.every` steps and after the last; prompts too."""
     share = Share(
         engine.rank, engine.world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps
     )
     coefficients = Coefficients.of(config)
     torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
     balance = Balance(engine.module, config.train.router_bias_rate, engine.device)
-    observer.log(0, evaluate(engine, config, data))
+    observer.log(0, evaluate(engine, config, data, prompts))
     steps = Prefetch(data.steps(share))
     try:
         for step in range(1, max_steps + 1):
@@ -75,7 +78,7 @@ def train(engine: Engine, config: Config, data: Data, max_steps: int, observer: 
             evaluating = step == max_steps or (config.evaluate.every and step % config.evaluate.every == 0)
             if evaluating or step % config.train.log_every == 0 or step == 1:
                 figures = {**result.figures(), "lr": lr, **observer.speed(engine)}
-                observer.log(step, figures | (evaluate(engine, config, data) if evaluating else {}))
+                observer.log(step, figures | (evaluate(engine, config, data, prompts) if evaluating else {}))
     finally:
         steps.close()
 

@@ -15,7 +15,7 @@ from train.observe.progress import header
 from train.observe.trackers import open_tracker
 from train.parallel.engine import Engine
 from train.parallel.layout import open_engine
-from train.setup import choose_folder, number_of_steps, open_data, quiet_libraries, signals_as_errors
+from train.setup import choose_folder, number_of_steps, open_data, open_prompts, quiet_libraries, signals_as_errors
 
 Work = Callable[[Engine, RunFolder | None, Config], str]
 
@@ -48,6 +48,7 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
     engine.first_on_each_host(lambda: find_weights(config.model, classifier=config.data.format in PROBLEMS))
     tokenizer, data = open_data(engine, folder, config)
+    prompts = engine.on_main(lambda: open_prompts(config, tokenizer))
     max_steps = number_of_steps(config, data, engine.world_size)
 
     model = trainable_model(config, model_config(config.model, tokenizer, data.labels))
@@ -58,6 +59,6 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer:
-        train(engine, config, data, max_steps, observer)
+        train(engine, config, data, max_steps, observer, prompts)
         finish(folder, engine, tokenizer, data, config, observer)
     return f"{max_steps} steps"

@@ -21,6 +21,7 @@ from train.data.loader import Data, open_documents, pack
 from train.data.share import Share
 from train.data.tokenizer import give_padding, open_tokenizer
 from train.errors import StopSignal
+from train.evaluate.prompts import Prompts
 from train.folder import RunFolder
 from train.parallel.engine import Engine
 from train.parallel.launcher import number_of_processes
@@ -97,6 +98,16 @@ def open_data(engine: Engine, folder: RunFolder | None, config: Config) -> tuple
     if folder:
         tokenizer.save_pretrained(folder.path / "tokenizer")
     return tokenizer, engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
+
+
+def open_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts | None:
+    """Reads the prompts that evaluations answer, if the run has any.
+
+    Raises:
+        DataError: for a row that is none.
+    """
+    path, answer_tokens = config.evaluate.prompts, config.evaluate.answer_tokens
+    return Prompts(path, tokenizer, config.model.max_position_embeddings, answer_tokens) if path else None
 
 
 def number_of_steps(config: Config, data: Data, world_size: int) -> int:

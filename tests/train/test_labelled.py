@@ -20,7 +20,7 @@ from train.data.labelled import WINDOW, LabelledBatch, LabelledRows, Labels, lab
 from train.data.loader import open_documents
 from train.data.share import Share
 from train.data.tokenized import ENCODED
-from train.metrics import ClassifierSums
+from train.evaluate.classifier import ClassifierSums
 from train.objective import Coefficients, StepSize, objective_parts, predict
 
 WORDS = {"wind": ["gale", "air", "blows"], "sun": ["warm", "light", "south"], "rain": ["wet", "drop", "cloud"]}

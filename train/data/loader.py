@@ -94,6 +94,7 @@ class Data:
         counts: of the documents; with streaming, as far as they were read.
         problems: place and problem of the documents left out; with streaming, of the held-out ones.
         labels: what there is to tell apart, for a classifier.
+        sources: rows of the held-out documents of each source, where there are several.
     """
 
     rows: PackedRows | SampleRows | None
@@ -104,6 +105,7 @@ class Data:
     counts: Counts = field(default_factory=Counts)
     problems: list[tuple[str, str]] = field(default_factory=list)
     labels: Labels | None = None
+    sources: dict[str, PackedRows | SampleRows] = field(default_factory=dict)
 
     def __str__(self) -> str:
         held_out = f"{len(self.held_out_documents)} held out"
@@ -142,16 +144,29 @@ class Data:
         assert self.stream is not None
         return _steps_of_stream(self.stream(), share)
 
-    def evaluation(self, share: Share) -> Iterator[Batch | LabelledBatch]:
-        """Yields a process's held-out batches: each row once, and as many batches on every process."""
-        if isinstance(self.held_out, LabelledRows):
-            yield from self.held_out.evaluation(share)
+    @property
+    def held_out_sources(self) -> dict[str, PackedRows | SampleRows]:
+        """The held-out rows, of each source apart where there are several."""
+        return self.sources or {"all": self.held_out}
+
+    def evaluation(
+        self, share: Share, held_out: PackedRows | SampleRows | None = None
+    ) -> Iterator[Batch | LabelledBatch]:
+        """Yields a process's held-out batches: each row once, and as many batches on every process.
+
+        Args:
+            share: of the process.
+            held_out: some of the held-out rows; by default all.
+        """
+        held_out = held_out or self.held_out
+        if isinstance(held_out, LabelledRows):
+            yield from held_out.evaluation(share)
             return
-        count = len(self.held_out)
+        count = len(held_out)
         empty = make_row([], self.sequence_length)
         for step in range(-(-count // share.rows_per_step)):
             for rows in share.rows(step):
-                yield stack([self.held_out[row] if row < count else empty for row in rows])
+                yield stack([held_out[row] if row < count else empty for row in rows])
 
 
 def open_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Dataset]:
@@ -203,7 +218,29 @@ def pack(
         assert isinstance(training, Dataset)
         return _pack_labelled(training, held_out, tokenizer, config)
     are_texts = all(_are_texts(documents) for documents in (training, held_out)) and weights_of(config.data) is None
-    return (_pack_texts if are_texts else _pack_samples)(training, held_out, tokenizer, config)
+    data = (_pack_texts if are_texts else _pack_samples)(training, held_out, tokenizer, config)
+    return replace(data, sources=_by_source(data.held_out_documents, tokenizer, config, are_texts=are_texts))
+
+
+def _by_source(
+    held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config, *, are_texts: bool
+) -> dict[str, PackedRows | SampleRows]:
+    """Packs the held-out documents of each source apart, where there are several; all of them are usable."""
+    data, parts = config.data, column(held_out, "part").to_numpy()
+    if len(np.unique(parts)) < 2:
+        return {}
+    window = data.packing_window if data.packing else 1
+    found: dict[str, PackedRows | SampleRows] = {}
+    for part in np.unique(parts).tolist():
+        documents = held_out.select(np.flatnonzero(parts == part))
+        name = data.sources[part].path
+        name = f"{name}#{part}" if name in found else name
+        if are_texts:
+            found[name] = PackedRows(tokenize(documents, tokenizer, data.workers), data.sequence_length, epochs=1)
+        else:
+            encoded = encode(documents, Encoder(tokenizer, data, config.model.vocab_size))
+            found[name] = SampleRows(encoded, data.sequence_length, window=window, epochs=1)
+    return found
 
 
 def _are_texts(documents: Dataset | IterableDataset) -> bool:

@@ -19,7 +19,7 @@ def count(number: float) -> str:
 
 def shown(row: dict[str, Any]) -> str:
     """Writes a row's held-out figures besides the loss, each after a comma."""
-    figures = [name for name in row if name.startswith("eval_") and name != "eval_loss"]
+    figures = [name for name in row if name.startswith("eval_") and name != "eval_loss" and "/" not in name]
     return "".join(
         f", {name.removeprefix('eval_').replace('_', ' ')} {row[name]:{',.1f' if 'perplexity' in name else '.4f'}}"
         for name in figures

@@ -90,6 +90,12 @@ class Engine(ABC):
             weights: yields the values of every parameter, of the experts in a range alone.
         """
 
+    def hold(self, model: Model, weights: Weights) -> None:
+        """Fills a model that is not trained, without an optimizer; arguments as of `prepare`."""
+        for _ in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
+            pass
+        self.module = self.model = model.to(self.device)
+
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds this process's share of the gradient.

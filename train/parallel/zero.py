@@ -71,6 +71,13 @@ class ZeroEngine(Engine):
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.module = self.model.module
 
+    def hold(self, model: Model, weights: Weights) -> None:
+        if self._config.parallel.zero == 3:  # the engine brings the weights together
+            self.prepare(model, weights)
+            return
+        self.load(model, weights)
+        self.module = self.model = model.to(self.device)
+
     def load(self, model: Model, weights: Weights) -> None:
         """Splits a model's experts and materialises its parameters one by one.
 

@@ -1,0 +1,224 @@
+"""Prompts with a known answer: the likeliest of several choices, and what a model writes by itself.
+
+A row of `evaluate.prompts` is {"prompt": ..., "choices": [...], "answer": 1}, the answer counted from 0, or
+{"prompt": ..., "answer": "..."}. A prompt may be a list of messages, which the tokenizer's chat template writes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from train.data.files import read_rows
+from train.data.formats import RowError
+from train.data.share import Share
+from train.errors import DataError
+from train.parallel.engine import Engine, Model
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to be answered.
+
+    Attributes:
+        ids: of its tokens.
+        choices: ids of each choice's tokens; none where the answer is to be written.
+        sizes: bytes of each choice.
+        answer: the right choice, or the text to be written.
+    """
+
+    ids: list[int]
+    choices: list[list[int]]
+    sizes: list[int]
+    answer: int | str
+
+
+class Continuation(NamedTuple):
+    """Tokens, of which those from `start` on are scored."""
+
+    ids: list[int]
+    start: int
+
+
+class Prompts:
+    """The prompts of a file.
+
+    Args:
+        path: a file of rows.
+        tokenizer: writes them.
+        longest: what the model can take, in tokens.
+        answer_tokens: bound on a written answer.
+
+    Raises:
+        DataError: for a row that is no prompt with an answer, by file and line.
+    """
+
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, longest: int, answer_tokens: int) -> None:
+        file = Path(path).expanduser()
+        self._tokenizer, self._answer_tokens = tokenizer, answer_tokens
+        self.rows: list[Prompt] = []
+        try:
+            for where, row in read_rows(file):
+                try:
+                    if isinstance(row, RowError):
+                        raise row
+                    prompt = self._read(row)
+                    written = 0 if prompt.choices else answer_tokens
+                    length = len(prompt.ids) + max([written, *map(len, prompt.choices)])
+                    if length > longest:
+                        raise RowError("too long", f"{length} tokens with its answer; the model takes {longest}")
+                except RowError as bad:
+                    raise DataError(f"{where}: {bad}") from None
+                self.rows.append(prompt)
+        except OSError as error:
+            raise DataError(f"evaluate.prompts={path}: {error.strerror or error}") from None
+        if not self.rows:
+            raise DataError(f"evaluate.prompts={path}: no prompt in it")
+
+    def _read(self, row: Any) -> Prompt:
+        if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
+            raise RowError("missing column", 'expected {"prompt": ..., "answer": ...}, with "choices" or without')
+        prompt, choices, answer = row["prompt"], row.get("choices"), row["answer"]
+        if choices is None:
+            if not isinstance(answer, str) or not answer.strip():
+                raise RowError(
+                    "wrong type", f"'answer' is {answer!r}: give a text, or 'choices' and the right one's number"
+                )
+            return Prompt(self._ids(prompt), [], [], answer.strip())
+        if not (
+            isinstance(choices, list) and len(choices) > 1 and all(isinstance(one, str) and one for one in choices)
+        ):
+            raise RowError("wrong type", "'choices' is no list of two texts or more, none of them empty")
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise RowError(
+                "answer out of range", f"{answer!r}, expected the number of a choice, 0 to {len(choices) - 1}"
+            )
+        ids = self._ids(prompt)
+        found = [self._ids(prompt, choice)[len(ids) :] for choice in choices]
+        if not all(found):
+            raise RowError("empty choice", "a choice adds no token to the prompt")
+        return Prompt(ids, found, [len(choice.encode()) for choice in choices], answer)
+
+    def _ids(self, prompt: Any, more: str = "") -> list[int]:
+        """Writes a prompt and what follows it; where the two join, tokens are those of the whole."""
+        begin = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
+        if isinstance(prompt, str):
+            ids: list[int] = self._tokenizer(prompt + more, add_special_tokens=False, verbose=False)["input_ids"]
+            return [*begin, *ids]
+        if self._tokenizer.chat_template is None:
+            raise RowError("no chat template", "the prompt is a list of messages: set data.chat_template")
+        try:
+            text = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything at what is no chat
+            raise RowError("refused by the chat template", str(error)) from None
+        return list(self._tokenizer(text + more, add_special_tokens=False, verbose=False)["input_ids"])
+
+    @torch.no_grad()
+    def figures(self, engine: Engine, size: int) -> dict[str, float]:
+        """Answers every prompt, each once over all processes, which must all call it.
+
+        Args:
+            engine: holds the model, in evaluation.
+            size: prompts per process and forward pass.
+
+        Returns:
+            `eval_choice_accuracy`, by the choices' log-likelihoods, `eval_choice_accuracy_normalised`, by those per
+            byte (both as lm-evaluation-harness has them); `eval_exact_match`, of greedy answers up to their end mark or
+            first line break. Those alone that there are prompts for.
+        """
+        choosing = [prompt for prompt in self.rows if prompt.choices]
+        writing = [prompt for prompt in self.rows if not prompt.choices]
+        return (self._choose(engine, choosing, size) if choosing else {}) | (
+            self._write(engine, writing, size) if writing else {}
+        )
+
+    def _choose(self, engine: Engine, prompts: list[Prompt], size: int) -> dict[str, float]:
+        asked = [Continuation(prompt.ids + choice, len(prompt.ids)) for prompt in prompts for choice in prompt.choices]
+
+        def score(chosen: list[Continuation]) -> Tensor:
+            return scores(engine.module, chosen or asked[:1], engine.device)[: len(chosen)]
+
+        scored = each(engine, asked, [len(one.ids) for one in asked], size, score)
+        sizes = torch.tensor([one for prompt in prompts for one in prompt.sizes], dtype=torch.float64)
+        counts = [len(prompt.choices) for prompt in prompts]
+        right = [
+            sum(
+                part.argmax().item() == prompt.answer
+                for part, prompt in zip(values.split(counts), prompts, strict=True)
+            )
+            for values in (scored, scored / sizes)
+        ]
+        plain, normalised = (count / len(prompts) for count in right)
+        return {"eval_choice_accuracy": plain, "eval_choice_accuracy_normalised": normalised}
+
+    def _write(self, engine: Engine, prompts: list[Prompt], size: int) -> dict[str, float]:
+        def match(chosen: list[Prompt]) -> Tensor:
+            answers = self._answers(engine, [prompt.ids for prompt in chosen or prompts[:1]])
+            return torch.tensor([float(said == one.answer) for said, one in zip(answers, chosen, strict=False)])
+
+        matched = each(engine, prompts, [len(prompt.ids) for prompt in prompts], size, match)
+        return {"eval_exact_match": matched.mean().item()}
+
+    def _answers(self, engine: Engine, all_ids: list[list[int]]) -> list[str]:
+        """Writes greedy answers, up to their end mark or first line break."""
+        longest = max(map(len, all_ids))
+        end = self._tokenizer.eos_token_id
+        ids = torch.tensor([[end] * (longest - len(given)) + given for given in all_ids], device=engine.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(given)) + [1] * len(given) for given in all_ids], device=engine.device
+        )
+        written = engine.module.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=self._answer_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+            synced_gpus=engine.world_size > 1,
+        )
+        texts = self._tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+        return [(text.strip().splitlines() or [""])[0].strip() for text in texts]
+
+
+def each(
+    engine: Engine, items: Sequence[Any], lengths: list[int], size: int, answer: Callable[[list[Any]], Tensor]
+) -> Tensor:
+    """Gives a number to each of several items, which the processes share out; every process gets all of them.
+
+    Args:
+        engine: of the processes.
+        items: whatever `answer` takes a few of, none of them where a process has none left; all call it as often.
+        lengths: of the items: those alike go together.
+        size: items per process and call.
+        answer: gives as many numbers.
+    """
+    found = torch.zeros(len(items), dtype=torch.float64, device=engine.device)
+    order = np.argsort(lengths, kind="stable")
+    share = Share(engine.rank, engine.world_size, size)
+    for mine in _shares(order, share):
+        found[torch.from_numpy(mine).to(engine.device)] = answer([items[index] for index in mine]).to(found)
+    return engine.sum(found).cpu()
+
+
+def _shares(order: np.ndarray, share: Share) -> Iterator[np.ndarray]:
+    """Yields the items of a process, call by call."""
+    for step in range(-(-len(order) // share.rows_per_step)):
+        for rows in share.rows(step):
+            yield order[rows.start : rows.stop]
+
+
+def scores(model: Model, continuations: list[Continuation], device: torch.device) -> Tensor:
+    """Sums the log-likelihoods of the tokens from `start` on, in fp32; the rest of a row is padding, on the right."""
+    longest = max(len(one.ids) for one in continuations)
+    ids = torch.tensor([one.ids + [0] * (longest - len(one.ids)) for one in continuations], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    found = []
+    for row, (tokens, start) in enumerate(continuations):
+        predicted = logits[row, start - 1 : len(tokens) - 1].float().log_softmax(dim=-1)
+        found.append(predicted.gather(1, ids[row, start : len(tokens), None]).sum())
+    return torch.stack(found)
