@@ -110,6 +110,15 @@ PROBLEMS = {  # formats that a classifier is trained on, by transformers' names 
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
+FIGURES = {  # held-out ones, and the formats that have them; None: those of a language model, with evaluate.prompts
+    "loss": (),
+    "accuracy": ("classification", "multi_label"),
+    "macro_f1": ("classification", "multi_label"),
+    "mse": ("regression",),
+    "choice_accuracy": None,
+    "choice_accuracy_normalised": None,
+    "exact_match": None,
+}
 MESSAGE_KEYS = ("role", "content", "from", "value", "weight")
 COLUMNS = [column.strip("[]") for columns in FORMATS.values() for column in columns]
 
@@ -352,6 +361,17 @@ class EvaluateConfig:
     compare: list[str] = key(
         [], "the verb evaluate: folders or hub ids of models, or folders of adapters, that are evaluated side by side"
     )
+    metric: str = key(
+        "loss",
+        "the held-out figure by which evaluations are compared; of loss and mse less is better, of the others more",
+        choices=(*FIGURES,),
+    )
+    patience: int | None = key(
+        None, "a run stops after so many evaluations in a row without a better metric; null never does", minimum=1
+    )
+    export_best: bool = key(
+        False, "whether the model of the best evaluation after the first step is exported, in place of the last"
+    )
     sample_prompt: str = key("", "what the text generated at the end begins with")
     sample_tokens: int = key(64, "tokens generated at the end; 0 generates none", minimum=0)
 
@@ -471,6 +491,7 @@ def check(config: Config) -> None:
     _check_data(config.data)
     _check_parallel(config)
     _check_run(config)
+    _check_best(config)
     _check_trained(config)
 
 
@@ -638,6 +659,23 @@ def _check_run(config: Config) -> None:
     _refuse(
         model.attn_implementation == "flash_attention_2" and train.precision != "bf16",
         "model.attn_implementation=flash_attention_2 needs half precision: set train.precision=bf16",
+    )
+
+
+def _check_best(config: Config) -> None:
+    evaluate, formats = config.evaluate, FIGURES[config.evaluate.metric]
+    for name in ("patience", "export_best"):
+        _refuse(
+            bool(getattr(evaluate, name)) and evaluate.every is None,
+            f"evaluate.{name}={getattr(evaluate, name)} compares evaluations: set evaluate.every",
+        )
+    _refuse(
+        formats is None and evaluate.prompts is None,
+        f"evaluate.metric={evaluate.metric} is of prompts: set evaluate.prompts",
+    )
+    _refuse(
+        bool(formats) and config.data.format not in (formats or ()),
+        f"evaluate.metric={evaluate.metric} is no figure of data.format={config.data.format}",
     )
 
 

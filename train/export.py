@@ -202,7 +202,7 @@ def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str,
     return CARD.format(
         library="transformers" if adapter is None else "peft",
         tags="" if adapter is None else ", lora",
-        name=target.parent.name,
+        name=Path(config.run.dir or target.parent).name,
         what=what,
         usage=usage,
         unit="a row" if is_classifier else "nats per token",

@@ -1,5 +1,6 @@
 """The end of a run: summary, export, and a sample of what the model writes."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from train.config import Config
 from train.data.loader import Data
+from train.evaluate.best import Best
 from train.export import export
 from train.folder import RunFolder
 from train.observe.observer import Observer
 from train.observe.progress import shown
 from train.parallel.engine import Engine
+
+BEST = "best"  # folder of the run
 
 
 def finish(
@@ -22,22 +26,59 @@ def finish(
     data: Data,
     config: Config,
     observer: Observer,
+    best: Best,
 ) -> None:
     """Writes `summary.json` and `export/`, then prints a sample. Every process takes part; the main one writes."""
     observer.end_of_training()
     summary = summarise(observer, data)
     if folder:
-        folder.write_json("summary.json", summary)
+        described = {"metric": best.metric, "step": best.step, "value": best.value}
+        folder.write_json("summary.json", summary | {"best": described, "stopped_early": best.is_over})
     target = Path(config.run.dir or "") / "export"
-    export(target, engine, tokenizer, data.held_out_documents, config, summary)
+    if config.evaluate.export_best:
+        engine.on_main(lambda: _use_best(target))
+    else:
+        export(target, engine, tokenizer, data.held_out_documents, config, summary)
     if folder:
+        if best.is_over or config.evaluate.export_best:
+            exported = "; it is exported" if config.evaluate.export_best else ""
+            print(f"{'no better for so many evaluations: ' if best.is_over else ''}{best}{exported}")
         figures = shown(observer.last) if data.labels else ""
         change = f"held-out loss {summary['first_eval_loss']:.4f} -> {summary['eval_loss']:.4f}"
         print(f"{change}{figures}; exported to {target}")
     if config.evaluate.sample_tokens and data.labels is None:
         text = sample(engine, tokenizer, config.evaluate.sample_prompt, config.evaluate.sample_tokens, config.run.seed)
         if folder:
-            print(f"--- sample ---\n{text}\n--------------")
+            of_last = " of the last step" if config.evaluate.export_best and best.step != summary["steps"] else ""
+            print(f"--- sample{of_last} ---\n{text}\n--------------")
+
+
+def keep_best(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, data: Data, config: Config, observer: Observer
+) -> None:
+    """Exports the model as the best so far, and removes the one before; every process takes part.
+
+    Raises:
+        MachineError: on every process, when it cannot be written.
+    """
+    folder, step = Path(config.run.dir or "") / BEST, f"step-{observer.last['step']}"
+    target = folder / step / "export"
+    export(target, engine, tokenizer, data.held_out_documents, config, summarise(observer, data))
+    engine.on_main(lambda: _remove_others(folder, step))
+
+
+def _remove_others(folder: Path, kept: str) -> None:
+    for other in list(folder.iterdir()):
+        if other.name != kept:
+            shutil.rmtree(other)
+
+
+def _use_best(target: Path) -> None:
+    """Gives the best model its place as the run's export."""
+    folder = target.parent / BEST
+    (kept,) = folder.glob("*/export")
+    kept.rename(target)
+    shutil.rmtree(folder)
 
 
 def summarise(observer: Observer, data: Data) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The training loop: `train` and `train_step`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from train.config import Config
 from train.data.labelled import AnyBatch
 from train.data.loader import Data, Prefetch
 from train.data.share import Share
+from train.evaluate.best import Best
 from train.evaluate.held_out import evaluate
 from train.evaluate.prompts import Prompts
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
@@ -55,9 +56,29 @@ class StepResult:
 
 
 def train(
-    engine: Engine, config: Config, data: Data, max_steps: int, observer: Observer, prompts: Prompts | None = None
-) -> None:
-    """Trains, evaluating before the first step, every `evaluate.every` steps and after the last; prompts too."""
+    engine: Engine,
+    config: Config,
+    data: Data,
+    max_steps: int,
+    observer: Observer,
+    prompts: Prompts | None = None,
+    keep: Callable[[], None] | None = None,
+) -> Best:
+    """Trains, evaluating before the first step, every `evaluate.every` steps and after the last.
+
+    Args:
+        engine: holds the model.
+        config: of the run.
+        data: rows to train and to evaluate on.
+        max_steps: after which it ends, unless patience does before.
+        observer: of the figures.
+        prompts: that evaluations answer.
+        keep: called by every process after an evaluation that is the best so far.
+
+    Returns:
+        The best evaluation; the main process knows it alone.
+    """
+    best = Best(config.evaluate.metric, config.evaluate.patience)
     share = Share(
         engine.rank, engine.world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps
     )
@@ -78,9 +99,24 @@ def train(
             evaluating = step == max_steps or (config.evaluate.every and step % config.evaluate.every == 0)
             if evaluating or step % config.train.log_every == 0 or step == 1:
                 figures = {**result.figures(), "lr": lr, **observer.speed(engine)}
-                observer.log(step, figures | (evaluate(engine, config, data, prompts) if evaluating else {}))
+                evaluated = evaluate(engine, config, data, prompts) if evaluating else {}
+                observer.log(step, figures | evaluated)
+            if evaluating and hear(engine, best, step, evaluated, keep):
+                break
     finally:
         steps.close()
+    return best
+
+
+def hear(engine: Engine, best: Best, step: int, evaluated: dict[str, float], keep: Callable[[], None] | None) -> bool:
+    """Has an evaluation kept if it is the best so far; says whether patience is at its end.
+
+    The main process decides for all.
+    """
+    is_better, is_over = engine.on_main(lambda: (best.hear(step, evaluated), best.is_over))
+    if is_better and keep is not None:
+        keep()
+    return is_over
 
 
 def train_step(

@@ -1,11 +1,12 @@
 """A run, from its configuration to its exit code: the table of contents of this package."""
 
 from collections.abc import Callable
+from functools import partial
 
 from train.compose import Composed
 from train.config import PROBLEMS, Config
 from train.errors import StopSignal, UserError, report
-from train.finish import finish
+from train.finish import finish, keep_best
 from train.folder import RunFolder
 from train.loop import train
 from train.lora import find_adapter, trainable_model, with_adapters
@@ -59,6 +60,7 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer:
-        train(engine, config, data, max_steps, observer, prompts)
-        finish(folder, engine, tokenizer, data, config, observer)
-    return f"{max_steps} steps"
+        keep = partial(keep_best, engine, tokenizer, data, config, observer) if config.evaluate.export_best else None
+        best = train(engine, config, data, max_steps, observer, prompts, keep)
+        finish(folder, engine, tokenizer, data, config, observer, best)
+    return f"{observer.last['step']} steps" + (f", of {max_steps}: {best}" if best.is_over else "")

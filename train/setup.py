@@ -107,7 +107,11 @@ def open_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts 
         DataError: for a row that is none.
     """
     path, answer_tokens = config.evaluate.prompts, config.evaluate.answer_tokens
-    return Prompts(path, tokenizer, config.model.max_position_embeddings, answer_tokens) if path else None
+    if path is None:
+        return None
+    prompts = Prompts(path, tokenizer, config.model.max_position_embeddings, answer_tokens)
+    prompts.check_metric(config.evaluate.metric)
+    return prompts
 
 
 def number_of_steps(config: Config, data: Data, world_size: int) -> int:

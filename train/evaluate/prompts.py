@@ -118,6 +118,16 @@ class Prompts:
             raise RowError("refused by the chat template", str(error)) from None
         return list(self._tokenizer(text + more, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def check_metric(self, metric: str) -> None:
+        """Refuses the figure of a kind of prompt that there is none of.
+
+        Raises:
+            DataError: naming it.
+        """
+        are_written = {not prompt.choices for prompt in self.rows}
+        if (metric == "exact_match" and True not in are_written) or ("choice" in metric and False not in are_written):
+            raise DataError(f"evaluate.metric={metric}, but evaluate.prompts has no row of that kind")
+
     @torch.no_grad()
     def figures(self, engine: Engine, size: int) -> dict[str, float]:
         """Answers every prompt, each once over all processes, which must all call it.
