@@ -25,6 +25,14 @@ def test_a_folder_may_be_verified_again(tmp_path):
     assert (certificate["model"], certificate["attention"]) == ("shrunk", "sdpa")
 
 
+def test_of_a_classifier_the_decoder_is_proved_under_a_language_models_head(tmp_path):
+    words = ["verify", "recipe=demo", "data.path=a.jsonl", "data.format=classification", f"run.dir={tmp_path / 'run'}"]
+    assert main(words) == 0
+    names = {row["name"] for row in read_json(tmp_path / "run" / "certificate.json")["rows"]}
+    assert any(name.endswith("gradient/lm_head.weight") for name in names)
+    assert not any("score" in name for name in names)
+
+
 def test_what_never_came_is_out_of_bounds():
     expected = {STACKED: torch.ones(4, 2, 3).double(), "model.norm.weight": torch.ones(3).double()}
     comparison = Comparison()

@@ -52,6 +52,7 @@ def shrink(config: Config) -> None:
     model.init_from = None  # weights are drawn: routers that are decided and unequal
     model.attention_dropout = model.router_jitter_noise = config.lora.dropout = 0.0
     config.lora.init_from, config.lora.format = None, "portable"
+    config.data.format = "auto"  # of a classifier, the decoder is proved, under a language model's head and loss
     if config.parallel.dispatch == "deepspeed_capacity":
         config.parallel.capacity_factor = None  # what is dropped, one process would not have dropped
     config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.01, 0.1
@@ -139,7 +140,8 @@ class Verification:
             "dispatch": parallel.dispatch,
             "offloaded": " and ".join(offloaded) or "nothing",
             "objective": f"{terms.scope}, router_aux_loss_coef {terms.router_loss:g}, z {terms.router_z_loss:g}",
-            "left_out": "dropout, jitter, router bias, dropped rows, the optimizer's moments, given weights",
+            "left_out": "dropout, jitter, router bias, dropped rows, the optimizer's moments, given weights, "
+            "a classifier's head",
             "model": "full" if self._config.verify.full else "shrunk",
             "trained": _trained(self._config),
             "attention": str(self._model._attn_implementation),
