@@ -1,6 +1,5 @@
 """The trained model as a folder that the ecosystem reads: the hub's layout; run as a module, `cierzo export`."""
 
-import copy
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from train.config import Config
 from train.data.formats import as_row
 from train.lora import adapter_of
 from train.merge import main
-from train.model import HEADS, head_of
+from train.model import head_of, write_config
 from train.parallel.engine import Engine, Piece
 
 CARD = """\
@@ -171,13 +170,6 @@ def write_weights(folder: Path, config: MixtralConfig, pieces: Iterable[Piece], 
                 writer.add_parameter(name, tensor, [])
             else:
                 writer.add_parameter(name, tensor[None], [expert])
-
-
-def write_config(folder: Path, config: MixtralConfig, dtype: torch.dtype) -> None:
-    """Writes a model's `config.json`."""
-    described = copy.deepcopy(config)
-    described.architectures, described.dtype = [HEADS[head_of(config)].__name__], dtype
-    described.save_pretrained(folder)
 
 
 def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from train.config import Config, LoraConfig, trained_names, words_of
 from train.data.hub import download
 from train.errors import CheckpointError
 from train.inherit import scale_of
-from train.model import empty_model, generator_of
+from train.model import empty_model, generator_of, head_of
 from train.parallel.engine import Model, Weights, fill
 
 HUB_FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -218,32 +218,44 @@ def open_adapter(lora: LoraConfig, model: MixtralConfig) -> AdapterFolder:
 
 
 @torch.no_grad()
-def logits_by_layer(folder: Path, lora: LoraConfig | None, ids: Tensor) -> Tensor:
+def logits_by_layer(
+    folder: Path,
+    lora: LoraConfig | None,
+    ids: Tensor,
+    described: MixtralConfig | None = None,
+    score: Tensor | None = None,
+) -> Tensor:
     """Runs a folder's weights, with or without an adapter, holding one layer of them at a time, in fp32.
 
     Args:
         folder: in the hub's layout.
         lora: an adapter in `init_from`, and what it says of itself.
         ids: (B, S) tokens; taken modulo the vocabulary.
+        described: configuration of the model; by default the folder's.
+        score: head of a classifier, where the folder has none or another.
 
     Returns:
-        (B, S, V).
+        (B, S, V); of a classifier (B, labels), of the last token of each row.
     """
     source = WeightFolder(folder)
-    config = copy.deepcopy(source.config)
+    described = described or source.config
+    config = copy.deepcopy(described)
     config.num_hidden_layers, config._attn_implementation, config.tie_word_embeddings = 1, "sdpa", False
     adapter = None if lora is None else adapter_of(lora)
     experts = range(config.num_local_experts)
 
     def values(layer: int) -> Iterator[tuple[str, Tensor]]:
         there = f"layers.{layer}."
-        for name in names.shapes(config):
+        for name in names.shapes(config, head_of(config)):
+            if name == SCORE and score is not None:
+                yield name, score
+                continue
             stored = name.replace("layers.0.", there)
             if stored == "lm_head.weight" and source.config.tie_word_embeddings:
                 stored = "model.embed_tokens.weight"
             yield name, source.tensor(stored, experts, torch.float32)
         if adapter is not None and lora is not None:
-            adapters = open_adapter(lora, source.config)
+            adapters = open_adapter(lora, described)
             for name in shapes(config, adapter):
                 yield name, adapters.tensor(name.replace("layers.0.", there), experts)
 

@@ -18,6 +18,7 @@ from train.inherit import inherit_adapter, scale_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mixtral import MixtralConfig
     from mixtral.weights.adapters import AdapterFolder
     from mixtral.weights.read import WeightFolder
 
@@ -86,12 +87,8 @@ def check(words: argparse.Namespace) -> LoraConfig:
         raise ConfigError(f"adapter={words.adapter} is not a folder")
     lora = LoraConfig(init_from=str(words.adapter))
     inherit_adapter(lora, ())
-    described = json.loads((words.adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    if described.get("modules_to_save"):
-        raise ConfigError(
-            f"adapter={words.adapter} is a classifier's, which is not merged: its card says how to load it"
-        )
     if words.base is None:
+        described = json.loads((words.adapter / "adapter_config.json").read_text(encoding="utf-8"))
         words.base = Path(described.get("base_model_name_or_path") or "")
     if words.base == Path() or not words.base.is_dir():
         raise ConfigError(f"base={words.base} is not a folder: name the one that holds the adapted weights")
@@ -115,12 +112,11 @@ def merge(words: argparse.Namespace, lora: LoraConfig) -> None:
 
     try:
         base = WeightFolder(words.base)
-        if base.head != "lm_head":
-            raise WeightsError(f"{words.base} is no causal language model")
+        base.config = merged_config(words, base)
         adapter = open_adapter(lora, base.config)
         with new_folder(words.output_dir) as folder:
             write_merged(folder, base, adapter, lora, words.dtype)
-            figures = compare(folder, words, lora)
+            figures = compare(folder, words, lora, adapter)
             carry_files(words, folder)
             (folder / "README.md").write_text(card(words, lora, *figures), encoding="utf-8")
     except WeightsError as error:
@@ -133,6 +129,22 @@ def merge(words: argparse.Namespace, lora: LoraConfig) -> None:
         f"{words.output_dir}: merged in {words.dtype}; logits differ by {figures[0]:.1e}, "
         f"the adapter's own part is {figures[1]:.1e}"
     )
+
+
+def merged_config(words: argparse.Namespace, base: "WeightFolder") -> "MixtralConfig":
+    """Gives the configuration of the merged model: the base's, or that of a classifier's adapter.
+
+    Raises:
+        WeightsError: for a base that is no language model, where it should be one.
+    """
+    from mixtral.weights.files import WeightsError
+    from mixtral.weights.read import read_config
+
+    described = json.loads((words.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    is_classifier = bool(described.get("modules_to_save"))
+    if base.head != "lm_head" and not (is_classifier and base.head == "score"):
+        raise WeightsError(f"{words.base} is no causal language model")
+    return read_config(words.adapter) if is_classifier else base.config
 
 
 def write_merged(folder: Path, base: "WeightFolder", adapter: "AdapterFolder", lora: LoraConfig, dtype: str) -> None:
@@ -148,16 +160,21 @@ def write_merged(folder: Path, base: "WeightFolder", adapter: "AdapterFolder", l
     import torch
 
     from mixtral.weights import names
+    from mixtral.weights.adapters import SCORE
     from mixtral.weights.write import HubWriter, plan
+    from train.model import head_of, write_config
 
     target = getattr(torch, DTYPES[dtype])
-    base.config.architectures, base.config.dtype = ["MixtralForCausalLM"], target
-    base.config.save_pretrained(folder)
-    hub = names.hub_shapes(base.config)
+    write_config(folder, base.config, target)
+    head = head_of(base.config)
+    hub = names.hub_shapes(base.config, head)
     experts = range(base.config.num_local_experts)
     with HubWriter(folder, plan(hub, {}, target)) as writer:
-        for name in names.shapes(base.config):
+        for name in names.shapes(base.config, head):
             pair = pair_of(name, adapter)
+            if name == SCORE:
+                writer.add_parameter(name, adapter.tensor(name, ()), [])
+                continue
             if not names.is_stacked(name):
                 weight = added(base.tensor(name, (), torch.float32), pair, scale_of(lora))
                 writer.add_parameter(name, with_magnitude(weight, name, adapter), [])
@@ -192,24 +209,27 @@ def with_magnitude(weight: "Tensor", name: str, adapter: "AdapterFolder") -> "Te
     return (norms / weight.norm(dim=1)).unsqueeze(-1) * weight
 
 
-def compare(folder: Path, words: argparse.Namespace, lora: LoraConfig) -> tuple[float, float]:
+def compare(folder: Path, words: argparse.Namespace, lora: LoraConfig, adapter: "AdapterFolder") -> tuple[float, float]:
     """Loads what was written and runs it beside the unmerged weights, in fp32, a layer at a time.
 
     Returns:
         The median over tokens of the relative difference of the logits: of merged and unmerged, and of unmerged and
-        the base alone.
+        the base alone; of a classifier, over rows, the base with its head.
 
     Raises:
         NumericsError: when the first is out of its bound.
     """
     import torch
 
+    from mixtral.weights.adapters import SCORE
     from train.lora import logits_by_layer
 
-    ids = torch.randint(0, 2**31, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    score = adapter.tensor(SCORE, ()) if SCORE in adapter.shapes else None
+    shape = (1, TOKENS) if score is None else (8, TOKENS // 8)
+    ids = torch.randint(0, 2**31, shape, generator=torch.Generator().manual_seed(0))
     merged = logits_by_layer(folder, None, ids)
-    unmerged = logits_by_layer(words.base, lora, ids)
-    alone = logits_by_layer(words.base, None, ids)
+    unmerged = logits_by_layer(words.base, lora, ids, adapter.config, score)
+    alone = logits_by_layer(words.base, None, ids, adapter.config, score)
     error, effect = (((one - unmerged).norm(dim=-1) / unmerged.norm(dim=-1)).median().item() for one in (merged, alone))
     if not error <= BOUNDS[words.dtype]:
         raise NumericsError(

@@ -1,5 +1,6 @@
 """The model of a run, built from its configuration: empty, with values that any layout draws alike."""
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterator
@@ -53,6 +54,13 @@ def model_config(
 def head_of(config: MixtralConfig) -> str:
     """Names the head of a run's model: `score` of a classifier, or `lm_head`."""
     return "lm_head" if config.problem_type is None else "score"
+
+
+def write_config(folder: Path, config: MixtralConfig, dtype: torch.dtype) -> None:
+    """Writes a model's `config.json`."""
+    described = copy.deepcopy(config)
+    described.architectures, described.dtype = [HEADS[head_of(config)].__name__], dtype
+    described.save_pretrained(folder)
 
 
 def find_weights(config: ModelConfig, *, classifier: bool = False) -> None:

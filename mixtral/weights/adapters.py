@@ -164,7 +164,7 @@ class AdapterFolder:
     """
 
     def __init__(self, folder: str | Path, config: MixtralConfig, adapter: Adapter) -> None:
-        self.folder = Path(folder)
+        self.folder, self.config = Path(folder), config
         head: dict[str, tuple[int, ...]] = {SCORE: (config.num_labels, config.hidden_size)}
         self.shapes = shapes(config, adapter) | (head if config.problem_type is not None else {})
         self._tensors = scan(self.folder, STEM, f"{STEM}.bin")

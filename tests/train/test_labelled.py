@@ -362,8 +362,14 @@ def test_adapters_train_a_classifier_that_peft_reads_and_a_run_goes_on_from(tmp_
         given = tokenizer(texts, padding=True, truncation=True, max_length=32, return_tensors="pt")
         truth = torch.tensor([config.label2id[row["label"]] for row in held_out])
         with torch.no_grad():
-            loss = torch.nn.functional.cross_entropy(model(**given).logits, truth)
+            logits = model(**given).logits
+        loss = torch.nn.functional.cross_entropy(logits, truth)
         assert loss.item() == pytest.approx(rows[-1]["eval_loss"], abs=1e-5)
+        assert main(["export", f"adapter={run / 'export'}", f"output_dir={run / 'merged'}", "dtype=fp32"]) == 0
+        merged = transformers.AutoModelForSequenceClassification.from_pretrained(run / "merged")
+        assert merged.config.id2label == config.id2label
+        with torch.no_grad():
+            assert (merged(**given).logits - logits).abs().max() < 1e-4
         again = [*words, f"lora.init_from={run / 'export'}", "train.max_steps=1", f"run.dir={tmp_path / 'on'}-{form}"]
         assert main(again) == 0
         assert metrics(tmp_path / f"on-{form}")[0]["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
