@@ -402,3 +402,26 @@ def test_the_labels_are_counted_in_what_inspect_data_prints(tmp_path, capsys):
     assert sum(counted) == 60 - held_out
     assert "packed" not in figures
     assert any(line.endswith(("-> rain", "-> sun", "-> wind")) for line in shown.splitlines())
+
+
+def test_only_some_weights_and_the_head_are_trained_in_any_precision(tmp_path, base, capsys):
+    path = write(tmp_path / "a.jsonl", labelled("classification", 60))
+    small = [word for word in SMALL if not word.startswith("model.")]
+    words = [f"data.path={path}", "data.format=classification", "data.too_long=cut", f"model.init_from={base}"]
+    words += ["train.only=router", "train.precision=bf16", "schedule.warmup_steps=1", f"run.dir={tmp_path / 'run'}"]
+    assert main(["train", *small, *words]) == 0
+    assert "at most 128 tokens: 1 process x 4 rows" in capsys.readouterr().out
+    before = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
+    after = MixtralForSequenceClassification.from_pretrained(tmp_path / "run" / "export", dtype=torch.bfloat16)
+    moved = {
+        name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before.get(name, tensor * 2))
+    }
+    assert moved == {"score.weight", *(f"model.layers.{layer}.mlp.gate.weight" for layer in range(2))}
+
+
+def test_a_bad_row_of_the_held_out_file_is_found_too(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", labelled("classification", 40))
+    held_out = write(tmp_path / "h.jsonl", [{"text": "a", "label": "wind"}, {"text": "b", "label": "fog"}])
+    words = [f"data.path={path}", f"data.held_out_path={held_out}", "data.format=classification", "data.too_long=cut"]
+    assert run_small(tmp_path / "run", *words) == 3
+    assert f"{held_out}:2: unknown label: 'fog' is none of rain, sun, wind" in capsys.readouterr().err

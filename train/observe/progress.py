@@ -31,12 +31,13 @@ def header(config: Config, model: MixtralConfig, size: str, max_steps: int, proc
     plural = f"{processes} process{'es' if processes > 1 else ''}"
     parameters = model.count_parameters()
     train, data = config.train, config.data
+    most = "" if model.problem_type is None else "at most "
     rows = train.micro_batch_size * train.gradient_accumulation_steps * processes
     lines = {
         "model": f"Mixtral, {count(parameters.total)} parameters, {count(parameters.active)} active per token: "
         f"{model.num_hidden_layers} layers, {model.num_local_experts} experts, top-{model.num_experts_per_tok}",
-        "data": f"{data.names}: {size}; rows of {data.sequence_length}, tokenizer {data.tokenizer}",
-        "step": f"{count(rows * data.sequence_length)} tokens: {plural} x {train.micro_batch_size} rows x "
+        "data": f"{data.names}: {size}; rows of {most}{data.sequence_length}, tokenizer {data.tokenizer}",
+        "step": f"{most}{count(rows * data.sequence_length)} tokens: {plural} x {train.micro_batch_size} rows x "
         f"{train.gradient_accumulation_steps} accumulated",
         "run": f"{max_steps} steps in {train.precision} on {processes} x {device}",
         "folder": str(config.run.dir),
