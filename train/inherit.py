@@ -44,11 +44,21 @@ def inherit(config: Config, explicit: Collection[str]) -> None:
 
 
 def _inherit_labels(data: DataConfig, described: dict[str, Any]) -> None:
-    """Sets `data.labels`, where a classifier is trained, to those of another, as its `config.json` says."""
+    """Sets `data.labels`, where a classifier is trained, to those of another, as its `config.json` says.
+
+    Raises:
+        ConfigError: where others are given; names such as LABEL_0 are none.
+    """
     problem = PROBLEMS.get(data.format)
-    if problem is not None and described.get("problem_type") == problem != "regression" and not data.labels:
-        named = described.get("id2label") or {}
-        data.labels = [str(named[number]) for number in sorted(named, key=int)]
+    named = described.get("id2label") or {}
+    theirs = [str(named[number]) for number in sorted(named, key=int)]
+    if problem is None or described.get("problem_type") != problem or problem == "regression":
+        return
+    if data.labels and data.labels != theirs and theirs != [f"LABEL_{number}" for number in range(len(data.labels))]:
+        raise ConfigError(
+            f"data.labels={data.labels}, but the classifier to go on from has {theirs}: leave the key out"
+        )
+    data.labels = data.labels or theirs
 
 
 def inherit_adapter_labels(config: Config) -> None:

@@ -167,6 +167,12 @@ BAD = {
 }
 
 
+def test_a_file_of_prompts_is_of_a_kind_that_has_rows(tmp_path, corpus, capsys):
+    (tmp_path / "p.yaml").write_text("prompt: a")
+    assert run_small(tmp_path / "run", f"data.path={corpus}", f"evaluate.prompts={tmp_path / 'p.yaml'}") == 3
+    assert "expected a file that ends in one of .txt, .jsonl" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_prompt_ends_with_3_and_its_line(tmp_path, corpus, case, capsys):
     row, problem = BAD[case]

@@ -237,7 +237,8 @@ def test_a_bad_row_stops_the_run_by_file_and_line_or_is_counted(tmp_path, proble
 NO_CLASSES = {
     "names and numbers": (["sun", 1, "rain"], "some labels are names ('rain') and some numbers (1)"),
     "numbers with a gap": ([0, 1, 3], "the labels 0, 1, 3, ... are not the numbers from 0 on"),
-    "all alike": (["sun", "sun", "sun"], "every row has the label"),
+    "numbers and their texts, with a gap": ([0, "0", "2"], "the labels 0, 2, ... are not the numbers from 0 on"),
+    "all alike": (["sun", "sun", "sun"], "every row has the label sun"),
 }
 
 
@@ -386,8 +387,12 @@ def test_a_classifier_goes_on_from_a_classifier_with_its_labels_alone(tmp_path, 
     last, first = metrics(tmp_path / "one")[-1], metrics(tmp_path / "two")[0]
     assert first["eval_loss"] == pytest.approx(last["eval_loss"], abs=1e-6)
     capsys.readouterr()
-    assert main([*words, f"run.dir={tmp_path / 'three'}", "data.labels=[wind,sun,rain]"]) == 4
-    assert "tells 4 labels apart, and the data has 3" in capsys.readouterr().err
+    assert main([*words, f"run.dir={tmp_path / 'three'}", "data.labels=[wind,sun,rain]"]) == 2
+    assert "the classifier to go on from has ['wind', 'sun', 'rain', 'fog']" in capsys.readouterr().err
+    numbers = write(tmp_path / "n.jsonl", labelled("regression", 40))
+    words = [*words, f"data.path={numbers}", "data.format=regression"]
+    assert main([*words, f"run.dir={tmp_path / 'three'}"]) == 4
+    assert "tells 4 labels apart, and the data has 1" in capsys.readouterr().err
 
 
 def test_the_labels_are_counted_in_what_inspect_data_prints(tmp_path, capsys):

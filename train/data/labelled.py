@@ -58,7 +58,7 @@ class Labels:
     def _index(self, label: str | int) -> int:
         if label in self.names:
             return self.names.index(label)
-        if isinstance(label, str) and not label.strip().isdigit():
+        if not _is_number(label):
             raise RowError(
                 "unknown label", f"{label!r} is none of {', '.join(self.names)}: mend it, or name it in data.labels"
             )
@@ -84,24 +84,28 @@ def labels_of(documents: Dataset, data: DataConfig) -> Labels:
         return Labels(problem, tuple(data.labels))
     rows = [json.loads(label) for label in column(documents, "label").unique().to_pylist() if label is not None]
     found = {one for row in rows for one in (row if isinstance(row, list) else [row])}
-    numbers = sorted(label for label in found if isinstance(label, int) or label.strip().isdigit())
-    name = data.columns.get("label", "label")
-    if len(found) < 2 and problem == "single_label_classification":
+    numbers = sorted({int(label) for label in found if _is_number(label)})
+    named = sorted(label for label in found if not _is_number(label))
+    if len(numbers) + len(named) < (2 if problem == "single_label_classification" else 1):
+        alike = f"the label {min(map(str, found))}" if found else "no label, or is a bad row"
+        raise DataError(f"data.path={data.names}: every row has {alike}, which teaches nothing")
+    if numbers and named:
         raise DataError(
-            f"data.path={data.names}: every row has the {name} {found or 'of a bad row'}, which teaches nothing"
+            f"data.path={data.names}: some labels are names ({named[0]!r}) and some numbers ({numbers[0]}): write them "
+            "alike, or list the names in data.labels"
         )
-    if 0 < len(numbers) < len(found):
-        raise DataError(
-            f"data.path={data.names}: some labels are names ({min(found - set(numbers))!r}) and some numbers "
-            f"({numbers[0]}): write them alike, or list the names in data.labels"
-        )
-    if numbers and sorted(map(int, numbers)) != list(range(len(numbers))):
-        few = ", ".join(map(str, sorted(map(int, numbers))[:10]))
+    if numbers != list(range(len(numbers))):
+        few = ", ".join(map(str, numbers[:10]))
         raise DataError(
             f"data.path={data.names}: the labels {few}, ... are not the numbers from 0 on: list the names of all in "
             "data.labels"
         )
-    return Labels(problem, tuple(map(str, sorted(map(int, numbers)))) if numbers else tuple(sorted(found)))
+    return Labels(problem, tuple(map(str, numbers or named)))
+
+
+def _is_number(label: str | int) -> bool:
+    """Says whether a label is a number, as the text of a CSV may be."""
+    return isinstance(label, int) or label.strip().isdecimal()
 
 
 class LabelledEncoder:

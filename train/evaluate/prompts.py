@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from train.data.files import read_rows
+from train.data.files import READERS, read_rows
 from train.data.formats import RowError
 from train.data.share import Share
 from train.errors import DataError
@@ -62,6 +62,8 @@ class Prompts:
         file = Path(path).expanduser()
         self._tokenizer, self._answer_tokens = tokenizer, answer_tokens
         self.rows: list[Prompt] = []
+        if file.suffix.lower() not in READERS:
+            raise DataError(f"evaluate.prompts={path}: expected a file that ends in one of {', '.join(READERS)}")
         try:
             for where, row in read_rows(file):
                 try:
@@ -169,13 +171,14 @@ class Prompts:
     def _write(self, engine: Engine, prompts: list[Prompt], size: int) -> dict[str, float]:
         def match(chosen: list[Prompt]) -> Tensor:
             answers = self._answers(engine, [prompt.ids for prompt in chosen or prompts[:1]])
-            return torch.tensor([float(said == one.answer) for said, one in zip(answers, chosen, strict=False)])
+            right = [one.answer in said for said, one in zip(answers, chosen, strict=False)]
+            return torch.tensor(right, dtype=torch.float64)
 
         matched = each(engine, prompts, [len(prompt.ids) for prompt in prompts], size, match)
         return {"eval_exact_match": matched.mean().item()}
 
-    def _answers(self, engine: Engine, all_ids: list[list[int]]) -> list[str]:
-        """Writes greedy answers, up to their end mark or first line break."""
+    def _answers(self, engine: Engine, all_ids: list[list[int]]) -> list[tuple[str, str]]:
+        """Writes greedy answers: each up to its end mark, and up to its first line break."""
         longest = max(map(len, all_ids))
         end = self._tokenizer.eos_token_id
         ids = torch.tensor([[end] * (longest - len(given)) + given for given in all_ids], device=engine.device)
@@ -192,7 +195,7 @@ class Prompts:
             synced_gpus=engine.world_size > 1,
         )
         texts = self._tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-        return [(text.strip().splitlines() or [""])[0].strip() for text in texts]
+        return [(text.strip(), text.strip().partition("\n")[0].strip()) for text in texts]
 
 
 def each(

@@ -46,7 +46,8 @@ def evaluate_model(engine: Engine, config: Config) -> dict[str, float]:
     if is_classifier and config.lora.init_from is None and WeightFolder(config.model.init_from or "").head != "score":
         raise CheckpointError(f"model.init_from={config.model.init_from} holds no classifier")
     _, held_out = engine.first_on_each_host(lambda: open_documents(source))
-    tokenizer = open_tokenizer(source.tokenizer, config.model.vocab_size, None, source.chat_template)
+    vocabulary = config.model.vocab_size
+    tokenizer = engine.on_main(lambda: open_tokenizer(source.tokenizer, vocabulary, None, source.chat_template))
     if is_classifier:
         give_padding(tokenizer)
     # nothing is trained on: the held-out documents stand in, so that no others are tokenized
