@@ -26,7 +26,10 @@ def evaluation(engine: Engine, folder: RunFolder | None, models: dict[str, Confi
     Returns:
         The closing message.
     """
-    figures = {name: evaluate_model(engine, config) for name, config in models.items()}
+    figures = {}
+    for name, config in models.items():
+        figures[name] = evaluate_model(engine, config)
+        engine.drop()
     if folder:
         folder.write_json(FILE, {"models": figures})
         print(table(figures))

@@ -98,6 +98,11 @@ class Engine(ABC):
             pass
         self.module = self.model = model.to(self.device)
 
+    def drop(self) -> None:
+        """Lets go of the model, so that another one has its memory."""
+        for name in ("module", "model"):
+            self.__dict__.pop(name, None)
+
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds this process's share of the gradient.
