@@ -10,6 +10,7 @@ from mixtral.weights.names import trained_parameters
 from train.config import OptimConfig, ScheduleConfig
 
 NORM_BLOCK = 4096
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}  # what an optimizer keeps of each element it updates
 
 
 def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> torch.optim.Optimizer:
@@ -28,6 +29,31 @@ def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> to
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def begin_state(
+    optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], kinds: Sequence[str], updates: int
+) -> None:
+    """Gives an optimizer the state that it has after so many updates, with moments of zero.
+
+    Args:
+        optimizer: any of `build_optimizer`.
+        tensors: that it updates.
+        kinds: of its moments, see `MOMENTS`.
+        updates: how many.
+    """
+    for tensor in tensors if kinds else ():
+        optimizer.state[tensor] = {
+            "step": torch.tensor(float(updates), device=tensor.device),
+            **{kind: torch.zeros_like(tensor, requires_grad=False) for kind in kinds},
+        }
+
+
+def updates_of(optimizer: torch.optim.Optimizer) -> int:
+    """Reads how many updates an optimizer with moments has made; one without keeps no count, and 0 is returned."""
+    counts = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+    assert len(counts) <= 1, f"parameters were updated {sorted(counts)} times"
+    return counts.pop() if counts else 0
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -50,9 +50,13 @@ class Stored:
         Raises:
             WeightsError: when the file ends before its time.
         """
+        self.read_from(part * out.numel(), out)
+
+    def read_from(self, first: int, out: Tensor) -> None:
+        """Does so from any element; see `read_into`."""
         flat, size = out.view(-1), self.dtype.itemsize
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset + part * flat.numel() * size)
+            file.seek(self.offset + first * size)
             if out.dtype == self.dtype and out.device.type == "cpu":
                 self._read(file, flat)
                 return

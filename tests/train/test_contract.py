@@ -13,14 +13,14 @@ import torch.distributed as dist
 from deepspeed.module_inject import auto_ep_layer
 from deepspeed.moe import utils as moe_utils
 from deepspeed.moe.sharded_moe import MOELayer, topkgating
-from deepspeed.runtime import engine
+from deepspeed.runtime import bf16_optimizer, engine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import partition_parameters, stage3
+from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups
+from deepspeed.utils import groups, mixed_precision_linkage, tensor_fragment
 
 from mixtral import MixtralConfig
 from train.config import ParallelConfig
@@ -35,6 +35,12 @@ NAMES = {
     "optimizer groups of experts": (moe_utils, "split_params_into_different_moe_groups_for_optimizer"),
     "partitioning a parameter when it is filled": (Init, "_convert_to_zero_parameters"),
     "the end of an accumulation": (DeepSpeedEngine, "set_gradient_accumulation_boundary"),
+    "the flat masters of ZeRO-1 and 2": (DeepSpeedZeroOptimizer, "update_lp_params"),
+    "the flat masters of ZeRO-1 in bf16": (BF16_Optimizer, "update_lp_params"),
+    "whose part of a parameter ZeRO-3 keeps here": (DeepSpeedZeroOptimizer_Stage3, "_get_param_partition_rank"),
+    "masters that were read at ZeRO-3": (DeepSpeedZeroOptimizer_Stage3, "_reassign_or_swap_out_partitioned_parameters"),
+    "weights in parts before that": (DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_prologue"),
+    "small weights whole again after it": (DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_epilogue"),
     "kernels that need no compiler": (deepspeed.ops, "__compatible_ops__"),
     "a timeout after the meeting": (dist.distributed_c10d, "_set_pg_timeout"),
 }
@@ -69,6 +75,25 @@ READ = {  # what we set for DeepSpeed to read: where it does
 def test_deepspeed_still_reads_what_we_set_for_it(name):
     where = READ[name]
     assert name in inspect.getsource(where), f"{where.__name__} of {deepspeed.__version__} does not know {name}"
+
+
+WRITTEN = {  # what DeepSpeed sets and checkpoints read: where it does
+    "self.single_partition_of_fp32_groups": stage_1_and_2,
+    "self.fp32_groups_flat_partition": bf16_optimizer,
+    "self.fp32_partitioned_groups_flat": stage3,
+    "self.grad_position[param_id] = [int(i), int(current_offset), int(num_elements)]": stage3,
+    "self.fp16_groups": stage3,
+    "lp_param._hp_mapping = get_hp_fragment_mapping(": mixed_precision_linkage,
+    "lp_fragment_address: fragment_address": tensor_fragment,
+    "hp_fragment_address: fragment_address": tensor_fragment,
+    "param_group_index: int": tensor_fragment,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_deepspeed_still_sets_what_checkpoints_read(name):
+    where = WRITTEN[name]
+    assert name in inspect.getsource(where), f"{where.__name__} of {deepspeed.__version__} does not set {name}"
 
 
 def test_the_capacity_layer_is_called_as_we_stand_in_for_its_gate():

@@ -20,6 +20,7 @@ from train.errors import MachineError, UserError
 from train.parallel.exchange import Traffic
 from train.parallel.launcher import number_of_processes
 from train.parallel.meeting import meet
+from train.parallel.state import EngineState
 
 T = TypeVar("T")
 LAST_TENSORS_SECONDS = 0.05
@@ -53,10 +54,12 @@ class Engine(ABC):
         parallel: how the processes share the work.
         expert_ranks: over how many consecutive processes each layer's experts are split.
         module: the model itself, with this rank's experts; `model` is the same, wrapped for training.
+        state: what training changes, by logical name.
     """
 
     module: Model
     model: Any
+    state: EngineState
 
     def __init__(self, config: Config, **options: Any) -> None:
         cpu = not torch.cuda.is_available()
@@ -181,6 +184,28 @@ class Engine(ABC):
         tensor = tensor.clone()
         dist.all_reduce(tensor, op=operation)
         return tensor
+
+    def gather(self, item: T) -> list[T]:
+        """Gives every process what each of them has, by rank."""
+        items: list[Any] = [item] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(items, item)
+        return items
+
+    def everywhere(self, function: Callable[[], T]) -> T:
+        """Runs a function on every process; all of them raise the first error of any."""
+        result: list[T] = []
+        error: UserError | None = None
+        try:
+            result.append(function())
+        except UserError as caught:
+            error = caught
+        except OSError as caught:
+            error = MachineError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
+        for found in self.gather(error):
+            if found is not None:
+                raise found
+        return result[0]
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Runs a function on the main process; every process gets its result, or raises its error."""

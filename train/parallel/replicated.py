@@ -11,8 +11,9 @@ from torch import Tensor
 from mixtral.weights.names import trained_parameters, unwrapped
 from train.config import Config
 from train.errors import ConfigError, NumericsError
-from train.optim import MasterWeights, build_optimizer, global_norm
+from train.optim import MOMENTS, MasterWeights, build_optimizer, global_norm
 from train.parallel.engine import Engine, Kind, Model, Weights, fill
+from train.parallel.state import ReplicatedState, whole_parameters
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -44,6 +45,15 @@ class ReplicatedEngine(Engine):
         parameters = trained_parameters(model) if self._masters is None else self._masters.by_name
         self._parameters = list(parameters.values())
         self.optimizer = build_optimizer(parameters, self._config)
+        self.state = ReplicatedState(
+            self.optimizer,
+            whole_parameters(model, self.rank, self.expert_ranks),
+            MOMENTS[self._config.name],
+            masters=dict(parameters),
+            publish=self._masters.publish if self._masters else None,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
         self.module = model
         self.model = self.accelerator.prepare_model(model)
 

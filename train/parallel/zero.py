@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from mixtral.weights.names import is_stacked, trained_parameters, unwrapped
 from train.config import Config
 from train.errors import NumericsError
-from train.optim import build_optimizer
+from train.optim import MOMENTS, build_optimizer
 from train.parallel.engine import Engine, Kind, Model, Weights, fill
 from train.parallel.exchange import Traffic
 from train.parallel.expert import ExpertParallelBlock, mark_as_split, split_experts
+from train.parallel.state import whole_parameters
+from train.parallel.zero_state import zero_state
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -70,6 +72,8 @@ class ZeroEngine(Engine):
             optimizer.param_groups = [group for group in split if group["params"]]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.module = self.model.module
+        wholes = whole_parameters(self.module, self.rank, self.expert_ranks)
+        self.state = zero_state(self.model.optimizer, wholes, MOMENTS[self._config.optim.name])
 
     def hold(self, model: Model, weights: Weights) -> None:
         if self._config.parallel.zero == 3:  # the engine brings the weights together
