@@ -1,5 +1,7 @@
 """What the routers carry from one optimizer step to the next."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,21 @@ class Balance:
         self._rate = rate
         self._routers = [module for module in model.modules() if isinstance(module, Router)]
 
+    def state(self) -> dict[str, Any]:
+        """Describes what the next step depends on."""
+        return {"load": self.load_LE.tolist(), "bias": self.bias_LE.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` described."""
+        self.load_LE = torch.tensor(state["load"], dtype=self.load_LE.dtype, device=self.load_LE.device)
+        self._set_bias(torch.tensor(state["bias"], dtype=self.bias_LE.dtype, device=self.bias_LE.device))
+
+    def _set_bias(self, bias_LE: Tensor) -> None:
+        self.bias_LE = bias_LE
+        if self._rate > 0:
+            for router, bias_E in zip(self._routers, bias_LE, strict=True):
+                router.bias_E = bias_E
+
     def follow(self, load_LE: Tensor, *, steps_left: int) -> None:
         """Takes in the load of a step, over all processes.
 
@@ -42,6 +59,4 @@ class Balance:
             return
         limit = self._rate * max(0, steps_left - 1)
         missing_LE = self._even_LE - load_LE
-        self.bias_LE = (self.bias_LE + self._rate * missing_LE.sign()).clamp(-limit, limit)
-        for router, bias_E in zip(self._routers, self.bias_LE, strict=True):
-            router.bias_E = bias_E
+        self._set_bias((self.bias_LE + self._rate * missing_LE.sign()).clamp(-limit, limit))

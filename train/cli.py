@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the verb and its words; by default the process's.
 
     Returns:
-        The exit code: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 128 + n for signal n.
+        The exit code: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 75 stopped and saved,
+        128 + n for signal n.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     words = [
@@ -96,6 +97,8 @@ def _compose(verb: str, words: Sequence[str]) -> "Composed":
     composed = compose(words)
     if verb == "train":
         check_training(composed.config)
+    else:
+        composed.config.checkpoint.resume = "never"  # a proof begins anew
     _check_place(composed)
     return composed
 
@@ -105,6 +108,8 @@ def _models(words: Sequence[str]) -> "dict[str, Composed]":
     from train.evaluate.models import find_models
 
     models = find_models(words)
+    for composed in models.values():
+        composed.config.checkpoint.resume = "never"
     _check_place(next(iter(models.values())))
     return models
 
@@ -116,7 +121,7 @@ def _check_place(composed: "Composed") -> None:
 
     check_launch(composed.config)
     if composed.config.run.dir and is_first():
-        refuse_early(Path(composed.config.run.dir).expanduser())
+        refuse_early(Path(composed.config.run.dir).expanduser(), composed.config)
 
 
 def _help() -> str:

@@ -377,6 +377,21 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """What is saved of a run, so that it goes on after any death."""
+
+    every: int | None = key(
+        1000, "steps between checkpoints; one is also written at the end and on SIGTERM; null writes none", minimum=1
+    )
+    resume: str = key(
+        "auto",
+        "auto: a run that died goes on from its newest whole checkpoint; never; or a checkpoint's folder to go on from",
+    )
+    keep_last: int = key(2, "newest checkpoints that are kept", minimum=1)
+    keep_every: int | None = key(None, "checkpoints at multiples of so many steps are kept as well", minimum=1)
+
+
+@dataclass(kw_only=True, slots=True)
 class VerifyConfig:
     """The verb `verify`, which compares a layout with one process."""
 
@@ -407,6 +422,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 

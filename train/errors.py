@@ -74,6 +74,16 @@ class StopSignal(BaseException):
         return self.message
 
 
+class Preempted(StopSignal):
+    """A signal asked the run to stop, and all that it did is saved."""
+
+    reason = "preempted"
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message, signal_number)
+        self.code = 75
+
+
 def report(error: UserError | StopSignal, *, met: bool) -> None:
     """Says an error once: one process prints it, the others give it time to, but for a signal, which all get.
 

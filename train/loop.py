@@ -1,5 +1,7 @@
 """The training loop: `train` and `train_step`."""
 
+import contextlib
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,10 +11,13 @@ from torch import Tensor
 
 from mixtral.losses import load_balancing_loss
 from train.balance import Balance
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.preemption import Preemption
 from train.config import Config
 from train.data.labelled import AnyBatch
 from train.data.loader import Data, Prefetch
 from train.data.share import Share
+from train.errors import Preempted
 from train.evaluate.best import Best
 from train.evaluate.held_out import evaluate
 from train.evaluate.prompts import Prompts
@@ -61,6 +66,7 @@ def train(
     data: Data,
     max_steps: int,
     observer: Observer,
+    checkpoints: Checkpoints,
     prompts: Prompts | None = None,
     keep: Callable[[], None] | None = None,
 ) -> Best:
@@ -72,23 +78,36 @@ def train(
         data: rows to train and to evaluate on.
         max_steps: after which it ends, unless patience does before.
         observer: of the figures.
+        checkpoints: what was restored, and where steps are saved.
         prompts: that evaluations answer.
         keep: called by every process after an evaluation that is the best so far.
 
     Returns:
         The best evaluation; the main process knows it alone.
+
+    Raises:
+        Preempted: on every process, once a SIGTERM was met by a checkpoint.
     """
     best = Best(config.evaluate.metric, config.evaluate.patience)
     share = Share(
         engine.rank, engine.world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps
     )
     coefficients = Coefficients.of(config)
-    torch.manual_seed(config.run.seed + 1 + engine.rank)  # dropout differs between processes
     balance = Balance(engine.module, config.train.router_bias_rate, engine.device)
-    observer.log(0, evaluate(engine, config, data, prompts))
-    steps = Prefetch(data.steps(share))
-    try:
-        for step in range(1, max_steps + 1):
+    checkpoints.carry("router", balance)
+    checkpoints.carry("figures", observer)
+    checkpoints.carry("best", best)
+    checkpoints.seed(config.run.seed + 1)  # dropout differs between processes
+    prefetch = Prefetch(data.steps(share, checkpoints.step))
+    with contextlib.closing(prefetch) as steps, Preemption(engine, enabled=checkpoints.enabled) as preemption:
+        if checkpoints.step == 0:
+            observer.log(0, evaluate(engine, config, data, prompts))
+        elif observer.postponed:
+            evaluated = evaluate(engine, config, data, prompts)
+            observer.log_postponed(evaluated)
+            hear(engine, best, checkpoints.step, evaluated, keep)
+        over = engine.on_main(lambda: best.is_over)
+        for step in range(checkpoints.step + 1, (checkpoints.step if over else max_steps) + 1):
             started = time.perf_counter()
             micro_batches = next(steps)
             waited = time.perf_counter() - started
@@ -96,15 +115,24 @@ def train(
             result = train_step(engine, micro_batches, lr, coefficients, balance.load_LE)
             balance.follow(result.load, steps_left=max_steps - step)
             observer.count(result.tokens, seconds=time.perf_counter() - started, waited=waited)
+            stopping = preemption.agreed()
             evaluating = step == max_steps or (config.evaluate.every and step % config.evaluate.every == 0)
             if evaluating or step % config.train.log_every == 0 or step == 1:
                 figures = {**result.figures(), "lr": lr, **observer.speed(engine)}
-                evaluated = evaluate(engine, config, data, prompts) if evaluating else {}
-                observer.log(step, figures | evaluated)
-            if evaluating and hear(engine, best, step, evaluated, keep):
+                if evaluating and stopping:
+                    observer.postpone(step, figures)
+                else:
+                    evaluated = evaluate(engine, config, data, prompts) if evaluating else {}
+                    observer.log(step, figures | evaluated)
+            ending = step == max_steps
+            if evaluating and not stopping:
+                ending |= hear(engine, best, step, evaluated, keep)
+            if stopping or checkpoints.is_due(step, last=ending):
+                checkpoints.save(step)
+            if stopping:
+                raise Preempted(f"stopped by SIGTERM after step {step}, which is saved", signal.SIGTERM)
+            if ending:
                 break
-    finally:
-        steps.close()
     return best
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from train.checkpoint.checkpoints import Checkpoints
 from train.compose import Composed
 from train.config import PROBLEMS, Config
 from train.errors import StopSignal, UserError, report
@@ -47,6 +48,7 @@ def run(composed: Composed, work: Work | None = None) -> int:
 
 def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
+    checkpoints = Checkpoints(engine, folder, config)
     engine.first_on_each_host(lambda: find_weights(config.model, classifier=config.data.format in PROBLEMS))
     tokenizer, data = open_data(engine, folder, config)
     prompts = engine.on_main(lambda: open_prompts(config, tokenizer))
@@ -55,12 +57,13 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     model = trainable_model(config, model_config(config.model, tokenizer, data.labels))
     engine.first_on_each_host(lambda: find_adapter(config.lora, model.config))
     engine.prepare(model, with_adapters(starting_weights(config, model.config), config, model.config))
+    checkpoints.restore(data)
 
     if folder:
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer:
         keep = partial(keep_best, engine, tokenizer, data, config, observer) if config.evaluate.export_best else None
-        best = train(engine, config, data, max_steps, observer, prompts, keep)
+        best = train(engine, config, data, max_steps, observer, checkpoints, prompts, keep)
         finish(folder, engine, tokenizer, data, config, observer, best)
     return f"{observer.last['step']} steps" + (f", of {max_steps}: {best}" if best.is_over else "")

@@ -15,12 +15,13 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from train.checkpoint.changes import allowed_changes, described
 from train.compose import Composed
 from train.config import PROBLEMS, Config
 from train.data.loader import Data, open_documents, pack
 from train.data.share import Share
 from train.data.tokenizer import give_padding, open_tokenizer
-from train.errors import StopSignal
+from train.errors import ConfigError, StopSignal
 from train.evaluate.prompts import Prompts
 from train.folder import RunFolder
 from train.parallel.engine import Engine
@@ -78,14 +79,31 @@ def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
     """
     opened: list[RunFolder] = []
 
-    def open_folder() -> None:
-        folder = RunFolder(Path(folder_name(composed)).expanduser().resolve())
+    def open_folder() -> str:
+        folder = RunFolder(Path(folder_name(composed)).expanduser().resolve(), composed.config)
         composed.config.run.dir = str(folder.path)
+        _refuse_another(folder, composed.config)
         folder.describe(composed, engine.world_size, _device_name(engine.device))
         opened.append(folder)
+        return str(folder.path)
 
-    engine.on_main(open_folder)
+    composed.config.run.dir = engine.on_main(open_folder)
     return opened[0] if opened else None
+
+
+def _refuse_another(folder: RunFolder, config: Config) -> None:
+    """Refuses to go on with a run of other settings, before any of its files is changed.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    written = folder.read_config() if folder.goes_on else None
+    try:
+        if written is not None:
+            allowed_changes(written, described(config), f"run.dir={folder.path}")
+    except ConfigError as error:
+        folder.close(error.reason, error.code, str(error))
+        raise
 
 
 def open_data(engine: Engine, folder: RunFolder | None, config: Config) -> tuple[PreTrainedTokenizerBase, Data]:

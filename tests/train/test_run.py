@@ -256,7 +256,7 @@ def test_a_folder_with_files_of_another_kind_is_left_as_it_is(corpus, tmp_path, 
 def living(corpus, tmp_path):
     """A run in another process that has begun to train, and its folder."""
     folder = tmp_path / "living"
-    words = [*SMALL, f"data.path={corpus}", f"run.dir={folder}", "train.max_steps=100000"]
+    words = [*SMALL, f"data.path={corpus}", f"run.dir={folder}", "train.max_steps=100000", "checkpoint.every=null"]
     process = subprocess.Popen(
         [*PYTHON, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )

@@ -1,5 +1,6 @@
 """The data of a run: which rows each process takes at each step, prepared ahead of it."""
 
+import hashlib
 import queue
 import threading
 from collections import Counter
@@ -35,6 +36,7 @@ from train.errors import DataError
 
 T = TypeVar("T")
 LISTED_LABELS = 8
+FINGERPRINTED = 256  # documents whose every token is looked at
 
 
 @dataclass
@@ -137,12 +139,28 @@ class Data:
             return f" -> {target[0]:g}"
         return f" -> {', '.join(self.rows.labels.names[int(label)] for label in target) or 'none'}"
 
-    def steps(self, share: Share) -> Iterator[list[Batch] | list[LabelledBatch]]:
-        """Yields a process's micro-batches, step after step, without end."""
+    def steps(self, share: Share, first: int = 0) -> Iterator[list[Batch] | list[LabelledBatch]]:
+        """Yields a process's micro-batches, step after step, without end.
+
+        Args:
+            share: of the process.
+            first: step to begin with, counted from 0; a stream is read again up to there.
+        """
         if self.rows is not None:
-            return _steps_at_hand(self.rows, share)
+            return _steps_at_hand(self.rows, share, first)
         assert self.stream is not None
-        return _steps_of_stream(self.stream(), share)
+        return _steps_of_stream(self.stream(), share, first)
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """Describes the training documents at hand, as far as telling them from others needs; None of a stream."""
+        if self.rows is None:
+            return None
+        lengths = self.rows.lengths
+        digest = hashlib.sha256(lengths.astype("<i8").tobytes())
+        filled = np.flatnonzero(lengths)
+        for document in filled[:: -(-len(filled) // FINGERPRINTED)]:
+            digest.update(self.rows.document(int(document))[0].astype("<i8").tobytes())
+        return {"documents": len(filled), "tokens": int(lengths.sum()), "sha256": digest.hexdigest()}
 
     @property
     def held_out_sources(self) -> dict[str, PackedRows | SampleRows]:
@@ -372,8 +390,9 @@ def _stream_samples(
                 yield sample.ids, sample.trained
 
 
-def _steps_at_hand(rows: PackedRows | SampleRows, share: Share) -> Iterator[list[Batch] | list[LabelledBatch]]:
-    step = 0
+def _steps_at_hand(
+    rows: PackedRows | SampleRows, share: Share, step: int
+) -> Iterator[list[Batch] | list[LabelledBatch]]:
     while True:
         yield (
             rows.step(step, share)
@@ -383,8 +402,10 @@ def _steps_at_hand(rows: PackedRows | SampleRows, share: Share) -> Iterator[list
         step += 1
 
 
-def _steps_of_stream(stream: Iterator[Row], share: Share) -> Iterator[list[Batch]]:
-    """Reads every row of the stream and keeps this process's."""
+def _steps_of_stream(stream: Iterator[Row], share: Share, first: int) -> Iterator[list[Batch]]:
+    """Reads every row of the stream and keeps this process's, from a step on."""
+    for _ in _take(stream, first * share.rows_per_step):
+        pass
     mine = {row for indices in share.rows(0) for row in indices}
     while True:
         kept = [row for index, row in enumerate(_take(stream, share.rows_per_step)) if index in mine]

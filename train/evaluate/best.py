@@ -1,6 +1,7 @@
 """Which evaluation was the best so far, and whether to go on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 LOWER = ("loss", "mse")  # the figures of which less is better
 
@@ -37,6 +38,15 @@ class Best:
     def is_over(self) -> bool:
         """Whether patience is at its end."""
         return self.patience is not None and self.waited >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """Describes what was heard."""
+        return {"metric": self.metric, "step": self.step, "value": self.value, "waited": self.waited}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` described, unless it was about another figure."""
+        if state["metric"] == self.metric:
+            self.step, self.value, self.waited = state["step"], state["value"], state["waited"]
 
     def __str__(self) -> str:
         return f"the best held-out {self.metric.replace('_', ' ')} is {self.value:.4f}, of step {self.step}"

@@ -37,13 +37,15 @@ class Observer:
         self._metrics = folder.open_metrics() if folder else None
         self._progress = Progress(max_steps) if folder else None
         self._alarm = CollapseAlarm(model.num_experts_per_tok)
-        self._tokens = self._new_tokens = 0
+        self._steps = self._tokens = self._new_tokens = 0
         self._seconds = self._waited = 0.0
         self.last: dict[str, Any] = {}
         self.evaluations: list[float] = []
+        self.postponed: tuple[int, dict[str, Any]] | None = None
 
     def count(self, tokens: int, *, seconds: float, waited: float) -> None:
         """Counts a step: its tokens over all processes, its time, and the part of it spent waiting for data."""
+        self._steps += 1
         self._tokens += tokens
         self._new_tokens += tokens
         self._seconds += seconds
@@ -75,6 +77,7 @@ class Observer:
 
     def log(self, step: int, figures: dict[str, Any]) -> None:
         """Writes one line of figures, shows it and hands it to the tracker."""
+        self.postponed = None
         row = {"step": step, "tokens": self._tokens} | figures
         self.last |= row
         if "eval_loss" in row:
@@ -88,6 +91,29 @@ class Observer:
                 draw(self._folder)
         if self._tracker:
             self._tracker.log(row)
+
+    def postpone(self, step: int, figures: dict[str, Any]) -> None:
+        """Keeps the figures of a step whose evaluation is left to the run that goes on."""
+        self.postponed = (step, figures)
+
+    def log_postponed(self, evaluation: dict[str, Any]) -> None:
+        """Writes the line of that step, now that it is evaluated."""
+        assert self.postponed is not None
+        step, figures = self.postponed
+        self.log(step, figures | evaluation)
+
+    def state(self) -> dict[str, Any]:
+        """Describes what the figures to come depend on."""
+        counted = {"steps": self._steps, "tokens": self._tokens}
+        return counted | {"last": self.last, "evaluations": self.evaluations, "postponed": self.postponed}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` described."""
+        self._steps, self._tokens = state["steps"], state["tokens"]
+        self.last, self.evaluations = state["last"], state["evaluations"]
+        self.postponed = tuple(state["postponed"]) if state["postponed"] else None
+        if self._progress:
+            self._progress.begin_at(self._steps)
 
     def end_of_training(self) -> None:
         """Leaves the terminal to what is printed next."""

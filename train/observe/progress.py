@@ -49,9 +49,15 @@ class Progress:
     """Shows the steps of a run as they end."""
 
     def __init__(self, max_steps: int) -> None:
-        self._max_steps = max_steps
+        self._max_steps = self._max_steps_left = max_steps
         self._done, self._seconds = 0, 0.0
         self._bar = tqdm(total=max_steps, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def begin_at(self, step: int) -> None:
+        """Counts from a step that was reached before."""
+        self._max_steps_left = self._max_steps - step
+        if self._bar is not None:
+            self._bar.update(step)
 
     def advance(self, seconds: float) -> None:
         """Counts one step and the time it took."""
@@ -76,7 +82,7 @@ class Progress:
                 self.say(f"step {row['step']}: {held_out}")
             return
         if self._done:
-            left = self._seconds / self._done * (self._max_steps - self._done)
+            left = self._seconds / self._done * (self._max_steps_left - self._done)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         print("  ".join([f"step {row['step']}/{self._max_steps}", *filter(None, [held_out]), *parts]), flush=True)
 

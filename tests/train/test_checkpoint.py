@@ -1,0 +1,95 @@
+"""One process: a run that died goes on bit by bit, and what is damaged is never used."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from tests.multiprocess.many_runs import run
+from tests.train.helpers import metrics, read_json, run_small, write_corpus
+
+STEPS = ["checkpoint.every=3", "train.max_steps=8", "evaluate.every=4"]
+FIGURES = ("step", "tokens", "loss", "grad_norm", "router_loss", "router_objective", "eval_loss", "lr", "expert_load")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """Samples of any length, which are packed."""
+    path, draw = tmp_path_factory.mktemp("data") / "chats.jsonl", random.Random(1)
+    rows = [{"prompt": "past " * draw.randint(1, 5), "completion": "wind " * draw.randint(1, 9)} for _ in range(80)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def figures(folder):
+    return [{name: row[name] for name in FIGURES if name in row} for row in metrics(folder)]
+
+
+def state(folder, step):
+    return read_json(folder / "checkpoints" / f"step-{step:08d}" / "state.json")
+
+
+def tensors(folder, step):
+    return (folder / "checkpoints" / f"step-{step:08d}" / "rank-00000.safetensors").read_bytes()
+
+
+ONE_PROCESS = {
+    "bf16, accumulated": ["train.precision=bf16", "train.gradient_accumulation_steps=2", "train.micro_batch_size=2"],
+    "past an epoch's edge": ["train.micro_batch_size=14"],  # an epoch is 41 rows
+    "dropout, jitter": ["model.attention_dropout=0.1", "model.router_jitter_noise=0.1"],
+    "a bias, the step before's load": ["train.router_bias_rate=0.01", "train.router_loss_scope=previous_step"],
+    "part of the weights, tied": ["train.only=attention,experts", "model.tie_word_embeddings=true"],
+    "sgd": ["optim=sgd", "schedule=warmup_stable_decay"],
+    "a stream": ["data.streaming=true", "data.tokenizer=mixtral", "model.vocab_size=32000", "data.shuffle_buffer=8"],
+    "packed samples": ["CHATS", "data.chat_template=none", "data.packing_window=16"],
+    "a stream of samples": [
+        *("CHATS", "data.chat_template=none", "data.packing_window=16", "data.streaming=true"),
+        *("data.tokenizer=mixtral", "model.vocab_size=32000", "data.shuffle_buffer=8"),
+    ],
+}
+
+
+def assert_goes_on_bit_by_bit(folder, words):
+    """Dies in step 5 and, once it has gone on, in step 7; checkpoints are after steps 3, 6 and 8."""
+    whole, died = ([*STEPS, *words, f"run.dir={folder / name}"] for name in ("whole", "died"))
+    assert run(whole) == 0
+    assert [run(died, dies_at=5), run(died, dies_at=4), run(died)] == [99, 99, 0]
+    assert figures(folder / "died") == figures(folder / "whole")
+    assert tensors(folder / "died", 8) == tensors(folder / "whole", 8)
+    for name in ("random", "parts", "updates", "frozen"):
+        mine, other = (state(folder / run, 8)[name] for run in ("died", "whole"))
+        if name == "parts":
+            assert mine["router"] == other["router"]
+        else:
+            assert mine == other
+    lines = (folder / "died" / "metrics.discarded.jsonl").read_text().splitlines()
+    discarded = [json.loads(line)["step"] for line in lines]
+    assert discarded == [4]
+
+
+@pytest.mark.parametrize("case", ONE_PROCESS)
+def test_a_run_that_died_twice_ends_as_the_one_that_did_not(case, tmp_path, corpus, chats):
+    words = [f"data.path={chats if 'CHATS' in ONE_PROCESS[case] else corpus}"]
+    assert_goes_on_bit_by_bit(tmp_path, words + [word for word in ONE_PROCESS[case] if word != "CHATS"])
+
+
+def test_adapters_go_on_bit_by_bit_and_frozen_weights_are_not_saved_but_told_apart(tmp_path, corpus, capsys):
+    words = [f"data.path={corpus}"]
+    assert run_small(tmp_path / "base", *words, "train.max_steps=1") == 0
+    shutil.copytree(tmp_path / "base" / "export", tmp_path / "given")
+    words += [f"model.init_from={tmp_path / 'given'}", "lora.rank=4", "lora.dropout=0.1"]
+    assert_goes_on_bit_by_bit(tmp_path, words)
+    saved = state(tmp_path / "whole", 8)
+    assert all("lora_" in name for name in saved["parameters"])
+    assert len(saved["frozen"]) == 3 + 2 * (7 + 2 * 8)  # of two layers with eight experts each
+    with (tmp_path / "given" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert run_small(tmp_path / "died", *STEPS, *words, "train.max_steps=9") == 4
+    assert "is not of this model: " in capsys.readouterr().err

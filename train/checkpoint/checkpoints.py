@@ -1,0 +1,343 @@
+"""The checkpoints of a run: written, found again, kept and deleted. Every process takes part in each of these."""
+
+import base64
+import json
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from train.checkpoint.changes import allowed_changes, described
+from train.checkpoint.find import ASIDE, Found, delete, find, listed, read_name, set_aside
+from train.checkpoint.frozen import frozen_digests
+from train.checkpoint.manifest import (
+    NAME,
+    STATE,
+    check_folder,
+    folder_name,
+    render,
+    step_of,
+    sync_folder,
+)
+from train.checkpoint.values import Values, Written, write_durably, write_slices
+from train.config import Config
+from train.data.loader import Data
+from train.errors import CheckpointError, ConfigError, DataError, MachineError, UserError
+from train.folder import RunFolder, has_trained
+from train.parallel.engine import Engine
+
+
+class Part(Protocol):
+    """What a run carries from step to step, besides its weights; the same on every process."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class Checkpoints:
+    """Saves a run, and lets one that died go on.
+
+    Args:
+        engine: of the run, not yet prepared.
+        folder: of the run, on the main process alone.
+        config: of the run, as the user gave it.
+
+    Attributes:
+        step: the run goes on after; 0 for a new one.
+
+    Raises:
+        CheckpointError: when there are checkpoints, but no whole one.
+        ConfigError: when the one to go on from is of a run with other settings.
+        MachineError: when none could be written.
+    """
+
+    def __init__(self, engine: Engine, folder: RunFolder | None, config: Config) -> None:
+        self._engine, self._folder, self._config = engine, folder, config.checkpoint
+        self._root = Path(str(config.run.dir)) / "checkpoints"
+        self._described = described(config)
+        self._rows_per_step = (
+            engine.world_size * config.train.micro_batch_size * config.train.gradient_accumulation_steps
+        )
+        self._parts: dict[str, Part] = {}
+        self._frozen: dict[str, str] | None = None
+        self._data: dict[str, Any] | None = None
+        self._found: Found | None = None
+        if config.checkpoint.resume != "never":
+            self._found = find(engine, self._root, config.checkpoint.resume)
+        if self._found is not None:
+            self._refuse_another(self._found, config)
+        if self.enabled:
+            engine.everywhere(self._probe)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the run saves anything."""
+        return self._config.every is not None
+
+    @property
+    def step(self) -> int:
+        """The step that the run goes on after; 0 for a new one."""
+        return self._found.state["step"] if self._found else 0
+
+    def _refuse_another(self, found: Found, config: Config) -> None:
+        state, rows = found.state, self._rows_per_step
+        differences = allowed_changes(state["config"], self._described, str(found.folder))
+        if state["rows_per_step"] != rows:
+            raise ConfigError(
+                f"{found.folder} is of a run with {state['rows_per_step']} rows a step, and this one has {rows} "
+                "(processes x train.micro_batch_size x train.gradient_accumulation_steps): change one of them"
+            )
+        if config.train.max_steps is not None and config.train.max_steps < state["step"]:
+            raise ConfigError(f"train.max_steps={config.train.max_steps} is less than {found.folder} has")
+        if self._folder:
+            processes = state["processes"], self._engine.world_size
+            differences += [f"processes {processes[0]} -> {processes[1]}"] if processes[0] != processes[1] else []
+            differences += [
+                f"{name} {version} -> {_versions()[name]}"
+                for name, version in state["versions"].items()
+                if version != _versions()[name]
+            ]
+            changed = f"; changed: {', '.join(differences)}" if differences else ""
+            print(f"goes on after step {state['step']} from {found.folder}{changed}", flush=True)
+
+    def _probe(self) -> None:
+        """Finds out before the first step whether this process can write."""
+        try:
+            self._root.mkdir(exist_ok=True)
+            probe = self._root / f".probe-{self._engine.rank}"
+            probe.write_text("1", encoding="utf-8")
+            probe.unlink()
+        except OSError as error:
+            raise MachineError(
+                f"checkpoints cannot be written: {self._root}: {error.strerror}; give run.dir on a file system that "
+                "every process can write, or checkpoint.every=null"
+            ) from None
+
+    def restore(self, data: Data) -> None:
+        """Puts a prepared engine and the run's folder into the state of the checkpoint, if there is one.
+
+        Args:
+            data: of the run.
+
+        Raises:
+            DataError: when it is not what the run was trained on.
+            CheckpointError: when the checkpoint is not of this model.
+        """
+        self._data = data.fingerprint()
+        found = self._found
+        if found is None:
+            self._engine.on_main(self._start_over)
+            return
+        if self._data != found.state["data"]:
+            raise DataError(
+                f"{found.folder} is of a run on other data: {_words(found.state['data'])}, and here "
+                f"{_words(self._data)}; bring back that data, or name another run.dir"
+            )
+        self._frozen = frozen_digests(self._engine)
+        self._engine.everywhere(lambda: self._fill(found))
+        self._engine.state.publish()
+        self._engine.on_main(lambda: self._rewind(found))
+
+    def _start_over(self) -> None:
+        """Says that what was done before a first checkpoint is lost."""
+        folder = self._folder
+        if folder is not None and has_trained(folder.path):
+            count = folder.rewind_metrics(-1)
+            print(
+                f"WARNING: the run in {folder.path} ended before its first checkpoint: it starts over, and its {count} "
+                "rows are now in metrics.discarded.jsonl",
+                flush=True,
+            )
+
+    def _fill(self, found: Found) -> None:
+        engine, state = self._engine, found.state
+        shapes = {whole.name: list(whole.shape) for whole in engine.state.wholes.values()}
+        if shapes != state["parameters"] or self._frozen != state["frozen"]:
+            different = [
+                name
+                for mine, theirs in ((shapes, state["parameters"]), (self._frozen or {}, state["frozen"]))
+                for name in sorted(mine.keys() | theirs.keys())
+                if mine.get(name) != theirs.get(name)
+            ]
+            raise CheckpointError(
+                f"{found.folder} is not of this model: {different[0]} differs, and {len(different) - 1} more; what is "
+                "not trained comes from model.init_from or run.seed, and must be what it was"
+            )
+        engine.state.begin(state["updates"])
+        values = Values(found.folder / name for name in found.files if name != STATE)
+        for item in engine.state.slices():
+            values.fill(item)
+
+    def _rewind(self, found: Found) -> None:
+        """Makes the run's folder what it was at the step."""
+        folder = self._folder
+        assert folder is not None
+        if self._root.is_dir():
+            set_aside(self._root, newer_than=self.step)
+        if found.folder.parent == self._root:
+            self._point("latest", found.folder.name)
+        folder.tracker_id = found.state["tracker_id"]
+        folder.move_export(self.step)
+        if has_trained(folder.path):
+            count = folder.rewind_metrics(self.step)
+            if count:
+                print(f"{count} rows past step {self.step} are now in metrics.discarded.jsonl", flush=True)
+
+    def carry(self, name: str, part: Part) -> None:
+        """Has a part of the run saved in every checkpoint from now on, and gives it what the one restored held."""
+        self._parts[name] = part
+        if self._found is not None and name in self._found.state["parts"]:
+            part.restore(self._found.state["parts"][name])
+
+    def seed(self, seed: int) -> None:
+        """Seeds this process's random numbers, or sets them to where they were.
+
+        With another number of processes they are drawn anew, by seed, step and process.
+        """
+        if self._found is None:
+            torch.manual_seed(seed + self._engine.rank)
+        elif self._found.state["processes"] != self._engine.world_size:
+            torch.manual_seed(seed + self._engine.rank + (self.step << 32))
+        else:
+            _set_random(self._found.state["random"][self._engine.rank], self._engine.device)
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether a step is to be saved after it was taken."""
+        return self._config.every is not None and (last or step % self._config.every == 0)
+
+    def save(self, step: int, *, best: bool = False) -> None:
+        """Writes a checkpoint, then deletes those that are no longer kept.
+
+        Args:
+            step: that was taken last.
+            best: whether it is the best so far, and kept until another one is.
+
+        Raises:
+            MachineError: on every process, when it cannot be written; those before are untouched then.
+        """
+        target, latest = self._root / folder_name(step), self._root / "latest"
+        if not self._engine.on_main(lambda: target.exists() and read_name(latest) == target.name):
+            self._write(step, target)
+        if best:
+            self._engine.on_main(lambda: self._point("best", target.name))
+        self._delete_older(target)
+
+    def _write(self, step: int, target: Path) -> None:
+        engine, partial = self._engine, self._root / f".{target.name}.partial"
+        if self._frozen is None:
+            self._frozen = frozen_digests(engine)
+        try:
+            engine.on_main(lambda: _make_anew(partial))
+            path = partial / f"rank-{engine.rank:05d}.safetensors"
+            written = engine.gather(engine.everywhere(lambda: write_slices(path, engine.state.owned())))
+            random = engine.gather(_random(engine.device))
+            files = {f"rank-{rank:05d}.safetensors": file for rank, file in enumerate(written)}
+            engine.on_main(lambda: self._publish(step, partial, target, files, random))
+        except UserError as error:
+            if self._folder:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise MachineError(
+                f"the checkpoint of step {step} was not written, those before it are untouched: {error}"
+            ) from None
+
+    def _publish(
+        self, step: int, partial: Path, target: Path, files: dict[str, Written], random: list[dict[str, str]]
+    ) -> None:
+        """Completes a checkpoint and gives it its name."""
+        for name, file in files.items():
+            if not (partial / name).exists() or (partial / name).stat().st_size != file.size:
+                raise MachineError(f"{partial / name} is not here: run.dir must be one folder for all hosts")
+        assert self._folder is not None
+        self._folder.sync_metrics()
+        content = json.dumps(self._describe(step, random), allow_nan=False).encode()
+        files = files | {STATE: write_durably(partial / STATE, content)}
+        write_durably(partial / NAME, render(step, files).encode())
+        sync_folder(partial)
+        if target.exists():  # damaged, or it would be the one this run went on from
+            set_aside(self._root, newer_than=step - 1)
+        partial.rename(target)
+        sync_folder(self._root)
+        self._point("latest", target.name)
+
+    def _describe(self, step: int, random: list[dict[str, str]]) -> dict[str, Any]:
+        state = self._engine.state
+        assert self._folder is not None
+        return {
+            "step": step,
+            "rows_per_step": self._rows_per_step,
+            "processes": self._engine.world_size,
+            "updates": state.updates,
+            "parameters": {whole.name: list(whole.shape) for whole in state.wholes.values()},
+            "frozen": self._frozen,
+            "data": self._data,
+            "random": random,
+            "parts": {name: part.state() for name, part in self._parts.items()},
+            "tracker_id": self._folder.tracker_id,
+            "config": self._described,
+            "versions": _versions(),
+        }
+
+    def _point(self, name: str, folder: str) -> None:
+        """Writes which checkpoint is the latest, or the best."""
+        partial = self._root / f".{name}.partial"
+        partial.unlink(missing_ok=True)
+        write_durably(partial, f"{folder}\n".encode())
+        partial.replace(self._root / name)
+        sync_folder(self._root)
+
+    def _delete_older(self, newest: Path) -> None:
+        """Deletes the checkpoints that are not kept, once a newer one is known to be whole."""
+        doomed = self._engine.on_main(self._not_kept)
+        if not doomed:
+            return
+        engine = self._engine
+        try:
+            engine.everywhere(lambda: check_folder(newest, engine.rank, engine.world_size))
+        except UserError as error:
+            if self._folder:
+                print(f"WARNING: {error}; no older checkpoint is deleted", flush=True)
+            return
+        engine.on_main(lambda: delete(self._root, doomed))
+
+    def _not_kept(self) -> list[str]:
+        """Names the folders to delete: older checkpoints, and those set aside whose step was reached again."""
+        steps = [step for step, _ in listed(self._root)]
+        kept = steps[: self._config.keep_last]
+        kept += [step for step in steps if self._config.keep_every and step % self._config.keep_every == 0]
+        best = read_name(self._root / "best")
+        doomed = [path.name for step, path in listed(self._root) if step not in kept and path.name != best]
+        aside = [path.name for path in self._root.glob(f"step-*{ASIDE}")]
+        return doomed + [name for name in aside if (step_of(name.removesuffix(ASIDE)) or 0) <= steps[0]]
+
+
+def _make_anew(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "deepspeed": metadata.version("deepspeed")}
+
+
+def _words(data: dict[str, Any] | None) -> str:
+    return f"{data['documents']:,} documents of {data['tokens']:,} tokens" if data else "a stream"
+
+
+def _random(device: torch.device) -> dict[str, str]:
+    """Describes where this process's random numbers are."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def _set_random(states: dict[str, str], device: torch.device) -> None:
+    """Sets this process's random numbers to where others were; those of a GPU begin anew where there was none."""
+    found = {name: torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()}
+    torch.set_rng_state(found["cpu"])
+    if device.type == "cuda" and "cuda" in found:
+        torch.cuda.set_rng_state(found["cuda"], device)

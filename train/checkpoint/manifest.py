@@ -1,0 +1,145 @@
+"""The manifest of a checkpoint: which files it consists of, their sizes and SHA-256, and its own."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint.values import Written
+from train.errors import CheckpointError
+
+FORMAT = 1
+NAME, STATE = "manifest.json", "state.json"
+LARGEST_BYTES = 100_000_000  # of a JSON file
+BLOCK_BYTES = 1 << 22
+_FOLDER = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"state\.json|rank-\d{5,}\.safetensors")
+
+
+def folder_name(step: int) -> str:
+    """Names the folder of a step."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """Reads the step of a folder's name; None for any other name."""
+    found = _FOLDER.fullmatch(name)
+    return int(found[1]) if found and folder_name(int(found[1])) == name else None
+
+
+def sync_folder(path: Path) -> None:
+    """Forces a folder's names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def render(step: int, files: Mapping[str, Written]) -> str:
+    """Writes a manifest.
+
+    Args:
+        step: of the checkpoint.
+        files: by name.
+    """
+    listed = {name: {"bytes": file.size, "sha256": file.sha256} for name, file in sorted(files.items())}
+    body = {"format": FORMAT, "step": step, "files": listed}
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps(body | {"sha256": digest}, indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> dict[str, Written]:
+    """Reads a checkpoint's manifest and checks it against its own hash.
+
+    Returns:
+        The files of the checkpoint, all of them inside of its folder.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, of another checkpoint, or names what no checkpoint holds.
+    """
+    path, step = folder / NAME, step_of(folder.name)
+    text = _read_text(path)
+    try:
+        content = json.loads(text)
+        files = {str(name): Written(file["bytes"], file["sha256"]) for name, file in content["files"].items()}
+        rendered, version = render(content["step"], files), content["format"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r})") from None
+    for name in files:
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(f"{path} names the file {name!r}, which is none of a checkpoint's: it is not opened")
+    if version != FORMAT:
+        raise CheckpointError(f"{path} is of format {version}, and this version reads {FORMAT}")
+    if rendered != text:
+        raise CheckpointError(f"{path} is damaged: it does not have its own SHA-256")
+    if content["step"] != step or STATE not in files:
+        raise CheckpointError(f"{path} is of step {content['step']}: it belongs to another folder")
+    return files
+
+
+def check_file(folder: Path, name: str, expected: Written) -> None:
+    """Compares a file with what the manifest says of it.
+
+    Raises:
+        CheckpointError: when it is missing, a link, or has another size or hash.
+    """
+    path = folder / name
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a symbolic link: it is not followed")
+    try:
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb", buffering=0) as file:
+            if (found := os.fstat(file.fileno()).st_size) != expected.size:
+                raise CheckpointError(f"{path} has {found} bytes, the manifest says {expected.size}")
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+                size += len(block)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if size != expected.size or digest.hexdigest() != expected.sha256:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
+
+
+def check_folder(folder: Path, index: int = 0, count: int = 1) -> None:
+    """Checks a checkpoint, or the files that are one of several processes' to check.
+
+    Raises:
+        CheckpointError: naming the first that is wrong.
+    """
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a symbolic link: it is not followed")
+    for number, (name, expected) in enumerate(read_manifest(folder).items()):
+        if number % count == index:
+            check_file(folder, name, expected)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Reads `state.json` of a checkpoint that was checked."""
+    state: dict[str, Any] = json.loads(_read_text(folder / STATE))
+    return state
+
+
+def _read_text(path: Path) -> str:
+    """Reads a small file of text.
+
+    Raises:
+        CheckpointError: when that cannot be.
+    """
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a symbolic link: it is not followed")
+    try:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, at most {LARGEST_BYTES} are read")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is damaged: it is not UTF-8") from None
