@@ -1,11 +1,13 @@
 """Runs many runs in one process group: `python -m tests.multiprocess.many_runs JOBS.json`.
 
-A job is the words of a run and, where asked for, that it dies by an error when a step begins (`dies_at`) or saves once
-more what it restored before it goes on (`resaves`). The main process writes the exit codes of all into JOBS.json.codes.
+A job is the words of a run and, where asked for, that it dies by an error when a step begins (`dies_at`), saves once
+more what it restored before it goes on (`resaves`), or that a rank signals itself in a step (`signals`). The main
+process writes the exit codes of all into JOBS.codes.
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -31,8 +33,10 @@ def stay_together() -> None:
     Engine.close = lambda engine, *, wait: engine.accelerator.wait_for_everyone()
 
 
-def run(words: list[str], dies_at: int | None = None, resaves: bool = False) -> int:
-    """Runs once; 99 is the code of a run that died as it was told to."""
+def run(
+    words: list[str], dies_at: int | None = None, resaves: bool = False, signals: tuple[int, int, str] | None = None
+) -> int:
+    """Runs once; 99 is the code of a run that died as it was told to. Steps are counted from where the run goes on."""
     AcceleratorState._reset_state(reset_partial_state=True)
     taken = [0]
     train_step, train_all = train.loop.train_step, train.run.train
@@ -41,6 +45,8 @@ def run(words: list[str], dies_at: int | None = None, resaves: bool = False) -> 
         taken[0] += 1
         if taken[0] == dies_at:
             raise Died
+        if signals and (int(os.environ.get("RANK", "0")), taken[0]) == tuple(signals[:2]):
+            os.kill(os.getpid(), signal.Signals[signals[2]])
         return train_step(*inputs)
 
     def save_and_train(engine, config, data, max_steps, observer, checkpoints):

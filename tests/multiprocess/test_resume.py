@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -149,3 +151,31 @@ def test_any_layout_takes_up_any_others_state_bit_by_bit_and_trains_on_alike(tmp
             assert row["tokens"] == expected["tokens"]
             for figure in ("loss", "grad_norm", "router_loss"):
                 assert row[figure] == pytest.approx(expected[figure], rel=tolerance), (pair, row["step"])
+
+
+def test_all_processes_stop_after_the_step_in_which_one_was_told_to_and_lose_nothing(tmp_path, corpus):
+    """SIGTERM comes to the second process alone, in step 2 and, once gone on, in step 5, which is to be evaluated."""
+    words = [f"data.path={corpus}", *EVERY, "parallel.zero=2", "parallel.expert=2", "train.precision=bf16"]
+    whole_run, told = ([*words, f"run.dir={tmp_path / name}"] for name in ("whole", "told"))
+    jobs = [{"words": whole_run}, *({"words": told, "signals": [1, step, "SIGTERM"]} for step in (2, 3))]
+    codes, said = launch_jobs(tmp_path, 2, [*jobs, {"words": told}])
+    assert codes == [0, 75, 75, 0]
+    assert [f"goes on after step {step} from {tmp_path / 'told'}" in said for step in (2, 5)] == [True, True]
+    assert_same(tmp_path / "told", tmp_path / "whole")
+
+
+def test_a_killed_process_takes_the_other_along_and_both_go_on_bit_by_bit(tmp_path, corpus):
+    words = [f"data.path={corpus}", *EVERY, "parallel.zero=1", "parallel.expert=2"]
+    whole_run, killed = ([*words, f"run.dir={tmp_path / name}"] for name in ("whole", "killed"))
+    jobs = tmp_path / "killed.json"
+    jobs.write_text(json.dumps([{"words": killed, "signals": [1, 5, "SIGKILL"]}]))
+    started = time.monotonic()
+    done = launch_ranks(2, "tests.multiprocess.many_runs", str(jobs), timeout=100)
+    assert done.returncodes[1] == -signal.SIGKILL
+    assert done.returncodes[0] != 0, done.stderr
+    assert time.monotonic() - started < 60
+    assert read_json(tmp_path / "killed" / "exit.json")["code"] != 0
+    codes, said = launch_jobs(tmp_path, 2, [{"words": whole_run}, {"words": killed}])
+    assert codes == [0, 0]
+    assert f"goes on after step 3 from {tmp_path / 'killed'}" in said
+    assert_same(tmp_path / "killed", tmp_path / "whole")

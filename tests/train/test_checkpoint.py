@@ -93,3 +93,21 @@ def test_adapters_go_on_bit_by_bit_and_frozen_weights_are_not_saved_but_told_apa
         file.write(b"\x01")
     assert run_small(tmp_path / "died", *STEPS, *words, "train.max_steps=9") == 4
     assert "is not of this model: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_trackers_see_one_run_whose_steps_come_once(tmp_path, corpus):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for tracker in ("wandb", "tensorboard"):
+        words = [*STEPS, f"data.path={corpus}", f"tracker={tracker}", f"run.dir={tmp_path / tracker}"]
+        assert [run(words, dies_at=5), run(words)] == [99, 0]
+    first, second = sorted((tmp_path / "wandb" / "wandb").glob("offline-run-*"))
+    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2] == state(tmp_path / "wandb", 8)["tracker_id"]
+    losses = {row["step"]: json.dumps(row["loss"]).encode() for row in metrics(tmp_path / "wandb")[1:]}
+    sent = [next(part.glob("run-*.wandb")).read_bytes() for part in (first, second)]
+    assert [losses[3] in part for part in sent] == [True, False]
+    assert [losses[8] in part for part in sent] == [False, True]
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))

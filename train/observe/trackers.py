@@ -1,5 +1,6 @@
 """Trackers: where figures go besides metrics.jsonl. None of them can change, stop or delay training for long."""
 
+import json
 import os
 import signal
 import subprocess
@@ -36,6 +37,12 @@ def open_tracker(config: TrackerConfig, folder: RunFolder) -> Tracker | None:
     return None
 
 
+def last_step(metrics: Path) -> int | None:
+    """Reads the last step that is logged; None for a new run."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return json.loads(lines[-1])["step"] if lines else None
+
+
 class TensorBoard:
     """Event files in the run folder's `tensorboard/`."""
 
@@ -45,7 +52,9 @@ class TensorBoard:
         except ImportError:
             raise ConfigError("tracker.name=tensorboard: not installed; pip install 'cierzo[tensorboard]'") from None
         self._folder = folder
-        self._writer = SummaryWriter(str(folder.path / "tensorboard"))
+        last = last_step(folder.metrics_path)
+        purge = None if last is None else last + 1  # what an attempt that died has written past it
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=purge)
 
     def log(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -76,13 +85,18 @@ class WandB:
         script = Path(__file__).with_name("wandb_follower.py")
         with self._log_path.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(script), str(folder.path), config.project, config.mode],
+                [sys.executable, str(script), str(folder.path), config.project, config.mode, *self._place()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 start_new_session=True,  # a Ctrl-C at the terminal is the run's to handle
             )
+
+    def _place(self) -> list[str]:
+        """Says under which id the run goes on at W&B, and after how many bytes of metrics.jsonl."""
+        metrics = self._folder.metrics_path
+        return [self._folder.tracker_id, str(metrics.stat().st_size if metrics.exists() else 0)]
 
     def log(self, row: dict[str, Any]) -> None:
         """Does nothing: the follower reads metrics.jsonl."""

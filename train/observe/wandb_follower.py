@@ -1,6 +1,8 @@
 """Sends a run's figures to W&B: a process of its own that follows metrics.jsonl until its standard input ends.
 
-usage: wandb_follower.py RUN_FOLDER PROJECT offline|online
+usage: wandb_follower.py RUN_FOLDER PROJECT offline|online RUN_ID BYTES
+
+A run that goes on keeps its id, and the first so many bytes of metrics.jsonl were sent before.
 """
 
 import json
@@ -18,12 +20,22 @@ def main() -> None:
 
     folder, project = Path(sys.argv[1]), sys.argv[2]
     mode: Any = sys.argv[3]
+    name, seen = sys.argv[4], int(sys.argv[5])
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, disable_code=True)
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=config, mode=mode, settings=settings)
+    run = wandb.init(
+        project=project,
+        name=folder.name,
+        id=name,
+        resume="allow",
+        dir=str(folder),
+        config=config,
+        mode=mode,
+        settings=settings,
+    )
     if mode == "online":
         (folder / "wandb" / ".reached").touch()
-    seen, ended = 0, False
+    ended = False
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], 0.5)[0])  # standard input is readable once, at its end
         seen = forward(run, folder / "metrics.jsonl", seen)

@@ -1,0 +1,27 @@
+"""Trains on a disk that becomes too small: `python -m tests.train.small_disk STEP WORDS...`."""
+
+import resource
+import sys
+
+import train.loop
+from train.cli import main
+
+LARGEST_BYTES = 700_000
+
+
+def shrink_at(step: int) -> None:
+    """Limits the size of files once a step begins."""
+    train_step, taken = train.loop.train_step, [0]
+
+    def step_on_a_smaller_disk(*inputs):
+        taken[0] += 1
+        if taken[0] == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_BYTES, LARGEST_BYTES))
+        return train_step(*inputs)
+
+    train.loop.train_step = step_on_a_smaller_disk
+
+
+if __name__ == "__main__":
+    shrink_at(int(sys.argv[1]))
+    sys.exit(main(["train", *sys.argv[2:]]))
