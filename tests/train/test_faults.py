@@ -17,9 +17,12 @@ from tests.train.test_checkpoint import figures, tensors
 from tests.warm import launch_ranks
 from train.checkpoint.find import find
 from train.checkpoint.manifest import render
+from train.checkpoint.preemption import Preemption
 from train.checkpoint.values import Written
 from train.config import Config, TrainConfig
+from train.errors import StopSignal
 from train.parallel.replicated import ReplicatedEngine
+from train.setup import signals_as_errors
 
 STEPS = ["checkpoint.every=3", "train.max_steps=8", "checkpoint.keep_last=3", "evaluate.sample_tokens=0"]
 
@@ -321,6 +324,27 @@ def test_a_full_disk_ends_the_run_with_six_and_leaves_what_was_saved(corpus, fin
     assert read_json(tmp_path / "run" / "exit.json")["code"] == 6
     assert run_small(tmp_path / "run", *words) == 0
     assert figures(tmp_path / "run") == figures(finished)
+
+
+def test_a_second_request_to_stop_is_obeyed_at_once_unless_it_is_the_launchers_echo(engine, monkeypatch):
+    with signals_as_errors(), Preemption(engine, enabled=True) as preemption:
+        assert not preemption.agreed()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.agreed()
+        monkeypatch.setattr("train.checkpoint.preemption.ECHO_SECONDS", -1.0)
+        with pytest.raises(StopSignal, match="stopped by SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_another_processs_death_leads_to_while_stopping_is_said_to_be_that(engine):
+    def stop_beside_a_dead_process():
+        with Preemption(engine, enabled=True):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("Connection closed by peer")
+
+    with signals_as_errors(), pytest.raises(StopSignal, match="another process was gone"):
+        stop_beside_a_dead_process()
 
 
 @pytest.fixture

@@ -1,0 +1,93 @@
+"""Runs are started again by themselves, as often as is of use."""
+
+import json
+import os
+import signal
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.helpers import SMALL, kill_group, metrics, run_small, write_corpus
+from train.checkpoint.find import read_name
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+
+
+def stub(folder, name, script):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def children(pid):
+    """All processes below one."""
+    said = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    below = [int(word) for word in said.split()]
+    return below + [grandchild for child in below for grandchild in children(child)]
+
+
+def test_a_supervised_run_is_killed_and_ends_as_the_one_that_was_not(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    words = [f"data.path={corpus}", "train.max_steps=400", "checkpoint.every=20", "train.log_every=10"]
+    words += ["evaluate.sample_tokens=0"]
+    assert run_small(tmp_path / "whole", *words) == 0
+    folder = tmp_path / "killed"
+    environment = os.environ | {"PROCESSES": "1", "OMP_NUM_THREADS": "1", "RESTARTS": "2"}
+    environment["PATH"] = f"{sysconfig.get_path('scripts')}:{environment['PATH']}"
+    process = subprocess.Popen(
+        ["bash", ROOT / "launch/supervise.sh", *SMALL, *words, f"run.dir={folder}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while (read_name(folder / "checkpoints" / "latest") or "") < "step-00000060":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        said = process.communicate(timeout=200)
+    finally:
+        kill_group(process)
+    assert process.returncode == 0, said
+    assert "starts again, at most 1 times more" in said[1]
+    assert "goes on after step" in said[0]
+    names = ("step", "loss", "grad_norm", "tokens")
+    runs = [[[row.get(name) for name in names] for row in metrics(run)] for run in (tmp_path / "whole", folder)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(("code", "times"), [(None, 3), (2, 1), (5, 1), (6, 3), (75, 3)])
+def test_deaths_in_a_row_are_bounded_and_mistakes_are_not_repeated(tmp_path, code, times):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    writes = "" if code is None else f"echo '{json.dumps({'code': code})}' > {folder}/exit.json; "
+    stub(tmp_path / "bin", "torchrun", f"echo started >> {tmp_path}/log; sleep 0.05; {writes}exit 1")
+    environment = {"PROCESSES": "1", "RESTARTS": "2", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ROOT / "launch/supervise.sh", f"run.dir={folder}"], env=os.environ | environment)
+    assert done.returncode == (code or 1)
+    assert len((tmp_path / "log").read_text().splitlines()) == times
+
+
+@pytest.mark.parametrize(
+    ("code", "restarted", "queued"), [(75, 0, True), (None, 9, True), (75, 10, False), (2, 0, False), (0, 0, False)]
+)
+def test_a_slurm_job_queues_itself_again_where_that_is_of_use(tmp_path, code, restarted, queued):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    writes = "" if code is None else f"echo '{json.dumps({'code': code})}' > {folder}/exit.json; "
+    stub(tmp_path / "bin", "srun", f"{writes}exit {min(1, 1 if code is None else code)}")
+    stub(tmp_path / "bin", "scontrol", f'if [ "$1" = requeue ]; then echo "$2" > {tmp_path}/queued; else echo host; fi')
+    environment = {"SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_NODELIST": "host", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    environment |= {"SLURM_CPUS_PER_TASK": "64", "SLURM_RESTART_COUNT": str(restarted)}
+    environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    script = ["bash", ROOT / "launch/slurm.sbatch", f"run.dir={folder}"]
+    done = subprocess.run(script, env=os.environ | environment, capture_output=True, text=True)
+    assert (done.returncode == 0) == (code == 0), done.stderr
+    assert (tmp_path / "queued").exists() == queued
