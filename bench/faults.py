@@ -1,0 +1,274 @@
+"""`python -m bench.faults [--quick] [--seed N] [--out FILE]`: a campaign of real faults; any loss ends it with 1.
+
+Kills at random moments and before every sub-step of a save, damage to every kind of file, requests to stop, gradients
+that are not finite, and a long clean run. What a run ends with is compared bit by bit with the run that nothing hit.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from tests.train.helpers import SMALL, write_corpus
+from train.checkpoint.find import find
+from train.config import Config, TrainConfig
+from train.errors import CheckpointError, NumericsError
+from train.model import empty_model, initial_weights
+from train.parallel.replicated import ReplicatedEngine
+
+STEPS, EVERY = 240, 20
+FIGURES = ("step", "tokens", "loss", "grad_norm", "router_loss", "eval_loss")
+COUNTS = {  # quick, whole
+    "kills": (6, 50),
+    "requests to stop": (4, 20),
+    "damages": (100, 250),
+    "poisoned gradients": (100, 100),
+    "clean steps": (1000, 1000),
+}
+
+
+@dataclass
+class Outcome:
+    """What a part of the campaign came to.
+
+    Attributes:
+        name: of the part.
+        tried: how often.
+        losses: what went wrong, a line each.
+        seconds: it took.
+    """
+
+    name: str
+    tried: int = 0
+    losses: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def expect(self, holds: bool, otherwise: str) -> None:
+        """Counts a loss where something does not hold."""
+        if not holds:
+            self.losses.append(otherwise)
+
+
+class Campaign:
+    """Faults, with what they are compared with.
+
+    Args:
+        home: an empty folder.
+        seed: of every choice.
+        quick: whether to try fewer.
+    """
+
+    def __init__(self, home: Path, seed: int, quick: bool) -> None:
+        self.home, self.draw, self.quick = home, random.Random(seed), quick
+        self.corpus = write_corpus(home / "corpus.jsonl")
+        self.whole = home / "whole"
+        assert self.run(self.whole) == 0
+
+    def count(self, name: str) -> int:
+        """Says how often to try something."""
+        return COUNTS[name][0 if self.quick else 1]
+
+    def words(self, folder: Path, *words: str) -> list[str]:
+        """Words of a run of the campaign."""
+        own = [f"train.max_steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep_last=3", "train.log_every=5"]
+        own += [f"data.path={self.corpus}", "evaluate.sample_tokens=0", "model.attention_dropout=0.1"]
+        return [*SMALL, *own, f"run.dir={folder}", *words]
+
+    def start(self, folder: Path, *words: str) -> "subprocess.Popen[bytes]":
+        """Starts a run in a process of its own."""
+        with (self.home / "log").open("ab") as log:
+            command = [sys.executable, "-m", "train", *self.words(folder, *words)]
+            return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def run(self, folder: Path, *words: str) -> int:
+        """Runs to the end; returns the exit code."""
+        return self.start(folder, *words).wait()
+
+    def interrupt(self, folder: Path, number: signal.Signals) -> int:
+        """Signals a run at a random moment after it has logged; returns its exit code."""
+        process, metrics = self.start(folder), folder / "metrics.jsonl"
+        before = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= before):
+            time.sleep(0.01)
+        time.sleep(self.draw.uniform(0.0, 2.5))
+        process.send_signal(number)
+        return process.wait()
+
+    def same(self, folder: Path) -> bool:
+        """Whether a run ended as the one that nothing hit, bit by bit."""
+        rows, last = [], f"checkpoints/step-{STEPS:08d}/rank-00000.safetensors"
+        for run in (self.whole, folder):
+            lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            rows.append([[json.loads(line).get(name) for name in FIGURES] for line in lines])
+        return rows[0] == rows[1] and (self.whole / last).read_bytes() == (folder / last).read_bytes()
+
+
+def kills(campaign: Campaign, outcome: Outcome) -> None:
+    """Kills runs by SIGKILL, several times each, and lets them end."""
+    number, wanted = 0, campaign.count("kills")
+    while outcome.tried < wanted:
+        number += 1
+        folder = campaign.home / f"killed-{number}"
+        for _ in range(min(3, wanted - outcome.tried)):
+            if campaign.interrupt(folder, signal.SIGKILL) == 0:
+                break  # it had ended before
+            outcome.tried += 1
+        ended = (folder / "exit.json").exists() or campaign.run(folder) == 0
+        outcome.expect(ended and campaign.same(folder), f"{folder.name} is not the run that was not killed")
+
+
+def sub_steps(campaign: Campaign, outcome: Outcome) -> None:
+    """Kills a save before each of its sub-steps; what is found then is whole, and goes on to the same end."""
+    folder = campaign.home / "saves"
+    words = campaign.words(folder, "checkpoint.keep_last=1")[len(SMALL) :]
+    words = [word for word in words if not word.startswith("run.dir=")]
+    subprocess.run([sys.executable, "-m", "tests.train.killed_saves", str(folder), *words], capture_output=True)
+    killed = sorted(campaign.home.glob("saves-killed-*"))
+    engine = ReplicatedEngine(Config(train=TrainConfig(precision="fp32")))
+    for died in killed:
+        outcome.tried += 1
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = find(engine, died / "checkpoints", "auto")
+        outcome.expect(found is not None and found.state["step"] in (EVERY, 2 * EVERY), f"{died.name}: nothing whole")
+    for died in campaign.draw.sample(killed, 4 if campaign.quick else len(killed)):
+        outcome.expect(campaign.run(died) == 0 and campaign.same(died), f"{died.name} ends otherwise")
+    outcome.expect(len(killed) > 60, f"only {len(killed)} sub-steps were seen")
+
+
+def damages(campaign: Campaign, outcome: Outcome) -> None:
+    """Flips, cuts and deletes in files of every kind; each must be found, and a whole checkpoint used."""
+    engine = ReplicatedEngine(Config(train=TrainConfig(precision="fp32")))
+    source, root = campaign.whole / "checkpoints", campaign.home / "damaged"
+    newest = f"step-{STEPS:08d}"
+    for _ in range(campaign.count("damages")):
+        outcome.tried += 1
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(source, root)
+        path = campaign.draw.choice(sorted((root / newest).iterdir()))
+        content, kind = bytearray(path.read_bytes()), campaign.draw.choice(["flip", "cut", "delete"])
+        place = campaign.draw.randrange(len(content))
+        if kind == "delete":
+            path.unlink()
+        elif kind == "cut":
+            path.write_bytes(content[:place])
+        else:
+            content[place] ^= 1 << campaign.draw.randrange(8)
+            path.write_bytes(content)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                found = find(engine, root, "auto")
+        except CheckpointError:
+            found = None
+        where = f"{kind} at byte {place} of {path.name}"
+        outcome.expect(found is not None and found.state["step"] == STEPS - EVERY, f"{where}: not the one before")
+        outcome.expect(said.getvalue().count("WARNING") == 1, f"{where}: not one loud line")
+
+
+def requests(campaign: Campaign, outcome: Outcome) -> None:
+    """Asks runs to stop by SIGTERM; each saves its step, exits with 75 and, started again, ends the same."""
+    for number in range(campaign.count("requests to stop")):
+        folder = campaign.home / f"told-{number}"
+        code = campaign.interrupt(folder, signal.SIGTERM)
+        if code == 0:
+            continue  # it had ended before
+        outcome.tried += 1
+        outcome.expect(code == 75, f"{folder.name} exited with {code}")
+        outcome.expect(campaign.run(folder) == 0 and campaign.same(folder), f"{folder.name} ends otherwise")
+
+
+def poisoned(campaign: Campaign, outcome: Outcome) -> None:
+    """Puts one NaN or infinity into a gradient; no parameter may change, and the next clean step is taken."""
+    engine = ReplicatedEngine(Config(train=TrainConfig(precision="fp32")))
+    from mixtral import MixtralConfig
+    from tests.conftest import SIZES
+
+    model = MixtralConfig(**SIZES)
+    engine.prepare(empty_model(model), lambda experts: initial_weights(model, 0, experts))
+    parameters = list(engine.module.parameters())
+    for _ in range(campaign.count("poisoned gradients")):
+        outcome.tried += 1
+        before = [parameter.detach().clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        hit = campaign.draw.choice(parameters)
+        assert hit.grad is not None
+        hit.grad.view(-1)[campaign.draw.randrange(hit.numel())] = campaign.draw.choice([float("nan"), float("inf")])
+        try:
+            engine.step(lr=0.1)
+            outcome.expect(False, "a step was taken with a gradient that is not finite")
+        except NumericsError:
+            pass
+        same = all(torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
+        outcome.expect(same, "a parameter changed")
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        outcome.expect(engine.step(lr=0.0) > 0, "the next clean step was not taken")
+
+
+def clean(campaign: Campaign, outcome: Outcome) -> None:
+    """Trains without a fault; no step may be left out."""
+    outcome.tried = campaign.count("clean steps")
+    folder = campaign.home / "clean"
+    code = campaign.run(folder, f"train.max_steps={outcome.tried}", "train.log_every=1", "optim.lr=1e-4")
+    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    outcome.expect(code == 0 and len(rows) == outcome.tried + 1, f"{len(rows)} rows, exit code {code}")
+
+
+PARTS: dict[str, Callable[[Campaign, Outcome], None]] = {
+    "SIGKILL at random": kills,
+    "SIGKILL in a save": sub_steps,
+    "damaged files": damages,
+    "SIGTERM": requests,
+    "NaN or Inf in a gradient": poisoned,
+    "clean steps": clean,
+}
+
+
+def conduct(campaign: Campaign) -> Iterator[Outcome]:
+    """Goes through the parts."""
+    for name, part in PARTS.items():
+        outcome, started = Outcome(name), time.perf_counter()
+        part(campaign, outcome)
+        outcome.seconds = round(time.perf_counter() - started, 1)
+        yield outcome
+
+
+def main() -> int:
+    """Prints a row for each part; returns 1 where anything was lost."""
+    words = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__)
+    words.add_argument("--quick", action="store_true", help="fewer of each: minutes")
+    words.add_argument("--seed", type=int, default=0, help="of every choice")
+    words.add_argument("--out", type=Path, help="JSON file for the outcomes")
+    options = words.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    outcomes = []
+    with tempfile.TemporaryDirectory() as home:
+        print(f"seed {options.seed}\n| fault | tried | lost | seconds |\n|---|---|---|---|", flush=True)
+        for outcome in conduct(Campaign(Path(home), options.seed, options.quick)):
+            print(f"| {outcome.name} | {outcome.tried} | {len(outcome.losses)} | {outcome.seconds} |", flush=True)
+            outcomes.append(outcome)
+    for outcome in outcomes:
+        for line in outcome.losses:
+            print(f"LOST: {outcome.name}: {line}")
+    if options.out:
+        content = {"seed": options.seed, "quick": options.quick, "parts": [asdict(outcome) for outcome in outcomes]}
+        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return int(any(outcome.losses for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
