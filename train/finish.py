@@ -1,6 +1,7 @@
 """The end of a run: summary, export, and a sample of what the model writes."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,27 @@ def finish(
             print(f"--- sample{of_last} ---\n{text}\n--------------")
 
 
-def keep_best(
+def keeper_of_best(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, data: Data, config: Config, observer: Observer
-) -> None:
-    """Exports the model as the best so far, and removes the one before; every process takes part.
+) -> Callable[[], None] | None:
+    """Gives, where the best model is to be exported, what every process does once it is a new one.
+
+    It exports the model beside the run's export-to-be, and removes the best one before.
 
     Raises:
         MachineError: on every process, when it cannot be written.
     """
-    folder, step = Path(config.run.dir or "") / BEST, f"step-{observer.last['step']}"
-    target = folder / step / "export"
-    export(target, engine, tokenizer, data.held_out_documents, config, summarise(observer, data))
-    engine.on_main(lambda: _remove_others(folder, step))
+    if not config.evaluate.export_best:
+        return None
+    folder = Path(config.run.dir or "") / BEST
+
+    def keep() -> None:
+        step = f"step-{observer.last['step']}"
+        engine.on_main(lambda: shutil.rmtree(folder / step, ignore_errors=True))  # of a run that died after it
+        export(folder / step / "export", engine, tokenizer, data.held_out_documents, config, summarise(observer, data))
+        engine.on_main(lambda: _remove_others(folder, step))
+
+    return keep
 
 
 def _remove_others(folder: Path, kept: str) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,7 @@ from train.data.labelled import AnyBatch
 from train.data.loader import Data, Prefetch
 from train.data.share import Share
 from train.errors import Preempted
-from train.evaluate.best import Best
-from train.evaluate.held_out import evaluate
-from train.evaluate.prompts import Prompts
+from train.evaluate.evaluations import Evaluations
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
 from train.observe.observer import Observer
 from train.optim import learning_rate
@@ -67,28 +65,15 @@ def train(
     max_steps: int,
     observer: Observer,
     checkpoints: Checkpoints,
-    prompts: Prompts | None = None,
-    keep: Callable[[], None] | None = None,
-) -> Best:
+    evaluations: Evaluations,
+) -> None:
     """Trains, evaluating before the first step, every `evaluate.every` steps and after the last.
 
-    Args:
-        engine: holds the model.
-        config: of the run.
-        data: rows to train and to evaluate on.
-        max_steps: after which it ends, unless patience does before.
-        observer: of the figures.
-        checkpoints: what was restored, and where steps are saved.
-        prompts: that evaluations answer.
-        keep: called by every process after an evaluation that is the best so far.
-
-    Returns:
-        The best evaluation; the main process knows it alone.
+    Goes on from the step that was restored, and ends before `max_steps` where patience does.
 
     Raises:
         Preempted: on every process, once a SIGTERM was met by a checkpoint.
     """
-    best = Best(config.evaluate.metric, config.evaluate.patience)
     share = Share(
         engine.rank, engine.world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps
     )
@@ -96,18 +81,19 @@ def train(
     balance = Balance(engine.module, config.train.router_bias_rate, engine.device)
     checkpoints.carry("router", balance)
     checkpoints.carry("figures", observer)
-    checkpoints.carry("best", best)
+    checkpoints.carry("best", evaluations.best)
     checkpoints.seed(config.run.seed + 1)  # dropout differs between processes
     prefetch = Prefetch(data.steps(share, checkpoints.step))
     with contextlib.closing(prefetch) as steps, Preemption(engine, enabled=checkpoints.enabled) as preemption:
         if checkpoints.step == 0:
-            observer.log(0, evaluate(engine, config, data, prompts))
+            observer.log(0, evaluations.figures())
         elif observer.postponed:
-            evaluated = evaluate(engine, config, data, prompts)
-            observer.log_postponed(evaluated)
-            hear(engine, best, checkpoints.step, evaluated, keep)
-        over = engine.on_main(lambda: best.is_over)
-        for step in range(checkpoints.step + 1, (checkpoints.step if over else max_steps) + 1):
+            observer.log_postponed(evaluated := evaluations.figures())
+            evaluations.hear(checkpoints.step, evaluated)
+        ending = evaluations.are_over()
+        for step in range(checkpoints.step + 1, max_steps + 1):
+            if ending:
+                break
             started = time.perf_counter()
             micro_batches = next(steps)
             waited = time.perf_counter() - started
@@ -122,29 +108,13 @@ def train(
                 if evaluating and stopping:
                     observer.postpone(step, figures)
                 else:
-                    evaluated = evaluate(engine, config, data, prompts) if evaluating else {}
+                    evaluated = evaluations.figures() if evaluating else {}
                     observer.log(step, figures | evaluated)
-            ending = step == max_steps
-            if evaluating and not stopping:
-                ending |= hear(engine, best, step, evaluated, keep)
-            if stopping or checkpoints.is_due(step, last=ending):
+                    ending = bool(evaluated) and evaluations.hear(step, evaluated)
+            if stopping or checkpoints.is_due(step, last=ending or step == max_steps):
                 checkpoints.save(step)
             if stopping:
                 raise Preempted(f"stopped by SIGTERM after step {step}, which is saved", signal.SIGTERM)
-            if ending:
-                break
-    return best
-
-
-def hear(engine: Engine, best: Best, step: int, evaluated: dict[str, float], keep: Callable[[], None] | None) -> bool:
-    """Has an evaluation kept if it is the best so far; says whether patience is at its end.
-
-    The main process decides for all.
-    """
-    is_better, is_over = engine.on_main(lambda: (best.hear(step, evaluated), best.is_over))
-    if is_better and keep is not None:
-        keep()
-    return is_over
 
 
 def train_step(

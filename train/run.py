@@ -1,13 +1,13 @@
 """A run, from its configuration to its exit code: the table of contents of this package."""
 
 from collections.abc import Callable
-from functools import partial
 
 from train.checkpoint.checkpoints import Checkpoints
 from train.compose import Composed
 from train.config import PROBLEMS, Config
 from train.errors import StopSignal, UserError, report
-from train.finish import finish, keep_best
+from train.evaluate.evaluations import Evaluations
+from train.finish import finish, keeper_of_best
 from train.folder import RunFolder
 from train.loop import train
 from train.lora import find_adapter, trainable_model, with_adapters
@@ -53,7 +53,6 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     tokenizer, data = open_data(engine, folder, config)
     prompts = engine.on_main(lambda: open_prompts(config, tokenizer))
     max_steps = number_of_steps(config, data, engine.world_size)
-
     model = trainable_model(config, model_config(config.model, tokenizer, data.labels))
     engine.first_on_each_host(lambda: find_adapter(config.lora, model.config))
     engine.prepare(model, with_adapters(starting_weights(config, model.config), config, model.config))
@@ -63,7 +62,8 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer:
-        keep = partial(keep_best, engine, tokenizer, data, config, observer) if config.evaluate.export_best else None
-        best = train(engine, config, data, max_steps, observer, checkpoints, prompts, keep)
-        finish(folder, engine, tokenizer, data, config, observer, best)
-    return f"{observer.last['step']} steps" + (f", of {max_steps}: {best}" if best.is_over else "")
+        keep = keeper_of_best(engine, tokenizer, data, config, observer)
+        evaluations = Evaluations(engine, config, data, prompts, keep)
+        train(engine, config, data, max_steps, observer, checkpoints, evaluations)
+        finish(folder, engine, tokenizer, data, config, observer, evaluations.best)
+    return evaluations.best.closing(observer.last["step"], max_steps)

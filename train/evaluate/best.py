@@ -48,5 +48,9 @@ class Best:
         if state["metric"] == self.metric:
             self.step, self.value, self.waited = state["step"], state["value"], state["waited"]
 
+    def closing(self, step: int, max_steps: int) -> str:
+        """Says how many steps a run took, and why when they are fewer."""
+        return f"{step} steps" + (f", of {max_steps}: {self}" if self.is_over else "")
+
     def __str__(self) -> str:
         return f"the best held-out {self.metric.replace('_', ' ')} is {self.value:.4f}, of step {self.step}"
