@@ -387,6 +387,9 @@ class CheckpointConfig:
         "auto",
         "auto: a run that died goes on from its newest whole checkpoint; never; or a checkpoint's folder to go on from",
     )
+    asynchronous: bool = key(
+        False, "whether files are written beside the steps that follow, from a copy in host memory; else the run waits"
+    )
     keep_last: int = key(2, "newest checkpoints that are kept", minimum=1)
     keep_every: int | None = key(None, "checkpoints at multiples of so many steps are kept as well", minimum=1)
 

@@ -111,8 +111,11 @@ def train(
                     evaluated = evaluations.figures() if evaluating else {}
                     observer.log(step, figures | evaluated)
                     ending = bool(evaluated) and evaluations.hear(step, evaluated)
-            if stopping or checkpoints.is_due(step, last=ending or step == max_steps):
-                checkpoints.save(step)
+            ending |= step == max_steps
+            if stopping or checkpoints.is_due(step, last=ending):
+                checkpoints.save(step, wait=stopping or ending)
+            else:
+                checkpoints.poll()
             if stopping:
                 raise Preempted(f"stopped by SIGTERM after step {step}, which is saved", signal.SIGTERM)
 

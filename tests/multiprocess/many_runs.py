@@ -49,10 +49,10 @@ def run(
             os.kill(os.getpid(), signal.Signals[signals[2]])
         return train_step(*inputs)
 
-    def save_and_train(engine, config, data, max_steps, observer, checkpoints):
+    def save_and_train(engine, config, data, max_steps, observer, checkpoints, evaluations):
         assert checkpoints.step > 0
         checkpoints.save(checkpoints.step)
-        train_all(engine, config, data, max_steps, observer, checkpoints)
+        train_all(engine, config, data, max_steps, observer, checkpoints, evaluations)
 
     train.loop.train_step = step_or_die
     train.run.train = save_and_train if resaves else train_all

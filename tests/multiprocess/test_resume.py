@@ -24,13 +24,17 @@ TWO_PROCESSES = {
         *("model.attention_dropout=0.1", "model.router_jitter_noise=0.1"),
     ],
     "ZeRO-3, fp32": ["parallel.zero=3", "parallel.persistent_elements=500"],
-    "ZeRO-3, bf16, EP 2": ["parallel.zero=3", "train.precision=bf16", "parallel.expert=2"],
+    "ZeRO-3, bf16, EP 2, written beside": [
+        *("parallel.zero=3", "train.precision=bf16", "parallel.expert=2", "checkpoint.asynchronous=true"),
+    ],
     "a bias, the step before's load": [
         *("parallel.zero=1", "parallel.expert=2"),
         *("train.router_bias_rate=0.01", "train.router_loss_scope=previous_step"),
     ],
     "sgd": ["parallel.zero=2", "optim=sgd"],
 }
+
+BESIDE = next(index for index, name in enumerate(TWO_PROCESSES) if "written beside" in name)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +97,8 @@ def test_two_processes_go_on_bit_by_bit_after_two_deaths_in_every_layout(tmp_pat
     for uninterrupted, died in names:
         assert_same(died, uninterrupted)
         assert [row["step"] for row in metrics(died)] == list(range(9))
-        assert said.count(f"goes on after step 3 from {died}") == 1
-        assert said.count(f"goes on after step 6 from {died}") == 1
+        steps = re.findall(f"goes on after step ([0-9]+) from {died}/", said)
+        assert steps == ["3", "6"] or (died == names[BESIDE][1] and steps == ["3", "3"])  # what was not yet written
 
 
 STEP_3 = "checkpoints/step-00000003"

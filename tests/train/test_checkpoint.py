@@ -3,11 +3,13 @@
 import json
 import random
 import shutil
+import time
 
 import pytest
 
 from tests.multiprocess.many_runs import run
 from tests.train.helpers import metrics, read_json, run_small, write_corpus
+from train.checkpoint.checkpoints import Checkpoints
 
 STEPS = ["checkpoint.every=3", "train.max_steps=8", "evaluate.every=4"]
 FIGURES = ("step", "tokens", "loss", "grad_norm", "router_loss", "router_objective", "eval_loss", "lr", "expert_load")
@@ -93,6 +95,29 @@ def test_adapters_go_on_bit_by_bit_and_frozen_weights_are_not_saved_but_told_apa
         file.write(b"\x01")
     assert run_small(tmp_path / "died", *STEPS, *words, "train.max_steps=9") == 4
     assert "is not of this model: " in capsys.readouterr().err
+
+
+def test_what_is_written_beside_later_steps_is_the_step_it_was_asked_for(tmp_path, corpus, monkeypatch):
+    """The disk is slow: of step 2 only a part is written when steps 3 and on are taken."""
+    import train.checkpoint.values
+
+    words = [f"data.path={corpus}", "train.max_steps=8", "checkpoint.every=4", "checkpoint.keep_last=3"]
+    assert run([*words, f"run.dir={tmp_path / 'waiting'}"]) == 0
+    put, when, publish = train.checkpoint.values._put, [], Checkpoints._publish
+    monkeypatch.setattr(train.checkpoint.values, "_put", lambda *inputs: (time.sleep(0.003), put(*inputs))[1])
+    monkeypatch.setattr(
+        Checkpoints,
+        "_publish",
+        lambda self, pending, files: (when.append(self._parts["figures"].last["step"]), publish(self, pending, files)),
+    )
+    assert run([*words, f"run.dir={tmp_path / 'beside'}", "checkpoint.asynchronous=true"]) == 0
+    assert when[0] > 4
+    for step in (4, 8):
+        assert tensors(tmp_path / "beside", step) == tensors(tmp_path / "waiting", step)
+        mine, other = (state(tmp_path / name, step) for name in ("beside", "waiting"))
+        assert mine["random"] == other["random"]
+        assert mine["parts"]["router"] == other["parts"]["router"]
+        assert mine["parts"]["figures"]["tokens"] == other["parts"]["figures"]["tokens"]
 
 
 @pytest.mark.slow

@@ -276,7 +276,7 @@ def test_last_every_so_manieth_and_best_checkpoints_are_kept(corpus, tmp_path, m
     from train.checkpoint.checkpoints import Checkpoints
 
     save = Checkpoints.save
-    monkeypatch.setattr(Checkpoints, "save", lambda self, step: save(self, step, best=step == 3))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, wait: save(self, step, best=step == 3, wait=wait))
     words = ["checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4", "train.max_steps=10"]
     assert run_small(tmp_path / "run", f"data.path={corpus}", *words) == 0
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -290,10 +290,10 @@ def test_nothing_is_deleted_for_a_newer_checkpoint_that_is_not_whole(corpus, tmp
 
     publish = module.Checkpoints._publish
 
-    def publish_and_damage(self, step, partial, target, *rest):
-        publish(self, step, partial, target, *rest)
-        if step > 2:
-            (target / "state.json").write_text("{}")
+    def publish_and_damage(self, pending, files):
+        publish(self, pending, files)
+        if pending.step > 2:
+            (pending.target / "state.json").write_text("{}")
 
     monkeypatch.setattr(module.Checkpoints, "_publish", publish_and_damage)
     words = ["checkpoint.every=1", "checkpoint.keep_last=1", "train.max_steps=4"]

@@ -3,9 +3,12 @@
 import base64
 import json
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -15,8 +18,10 @@ from train.checkpoint.frozen import frozen_digests
 from train.checkpoint.manifest import (
     NAME,
     STATE,
-    check_folder,
+    check_file,
+    file_name,
     folder_name,
+    read_manifest,
     render,
     step_of,
     sync_folder,
@@ -27,6 +32,27 @@ from train.data.loader import Data
 from train.errors import CheckpointError, ConfigError, DataError, MachineError, UserError
 from train.folder import RunFolder, has_trained
 from train.parallel.engine import Engine
+from train.parallel.state import Slice
+
+T = TypeVar("T")
+
+
+class Pending(NamedTuple):
+    """A checkpoint that is being written.
+
+    Attributes:
+        step: that it is of.
+        partial: the folder it is written into.
+        target: what that will be called.
+        state: what is not in tensors; on the main process.
+        written: this process's file, once it is.
+    """
+
+    step: int
+    partial: Path
+    target: Path
+    state: dict[str, Any] | None
+    written: "Future[Written]"
 
 
 class Part(Protocol):
@@ -65,6 +91,7 @@ class Checkpoints:
         self._frozen: dict[str, str] | None = None
         self._data: dict[str, Any] | None = None
         self._found: Found | None = None
+        self._pending: Pending | None = None
         if config.checkpoint.resume != "never":
             self._found = find(engine, self._root, config.checkpoint.resume)
         if self._found is not None:
@@ -208,56 +235,77 @@ class Checkpoints:
         """Whether a step is to be saved after it was taken."""
         return self._config.every is not None and (last or step % self._config.every == 0)
 
-    def save(self, step: int, *, best: bool = False) -> None:
+    def save(self, step: int, *, best: bool = False, wait: bool = True) -> None:
         """Writes a checkpoint, then deletes those that are no longer kept.
 
         Args:
             step: that was taken last.
             best: whether it is the best so far, and kept until another one is.
+            wait: until it is written; else `poll` completes it, where `checkpoint.asynchronous` asks for that.
 
         Raises:
             MachineError: on every process, when it cannot be written; those before are untouched then.
         """
+        self.finish()
         target, latest = self._root / folder_name(step), self._root / "latest"
         if not self._engine.on_main(lambda: target.exists() and read_name(latest) == target.name):
-            self._write(step, target)
+            self._pending = self._begin(step, target, beside=self._config.asynchronous and not wait)
         if best:
+            self.finish()
             self._engine.on_main(lambda: self._point("best", target.name))
-        self._delete_older(target)
+        if wait or not self._config.asynchronous:
+            self.finish()
 
-    def _write(self, step: int, target: Path) -> None:
+    def poll(self) -> None:
+        """Completes the checkpoint that is being written, if every process is done with its file."""
+        if self._pending is not None:
+            writing = torch.tensor(float(not self._pending.written.done()), device=self._engine.device)
+            if self._engine.max(writing) == 0:
+                self.finish()
+
+    def _begin(self, step: int, target: Path, *, beside: bool) -> Pending:
+        """Begins to write this process's file: from what it holds, or beside training from a copy of that."""
         engine, partial = self._engine, self._root / f".{target.name}.partial"
         if self._frozen is None:
             self._frozen = frozen_digests(engine)
+        engine.on_main(lambda: _make_anew(partial))
+        random = engine.gather(_random(engine.device))
+        state = self._describe(step, random) if self._folder else None
+        slices = [item.copy() for item in engine.state.owned()] if beside else list(engine.state.owned())
+        written = run_beside(lambda: _write(partial, engine.rank, slices), beside=beside)
+        return Pending(step, partial, target, state, written)
+
+    def finish(self) -> None:
+        """Completes the checkpoint that is being written, if any: waits, names it, deletes what is no longer kept."""
+        pending, self._pending, engine = self._pending, None, self._engine
+        if pending is None:
+            return
         try:
-            engine.on_main(lambda: _make_anew(partial))
-            path = partial / f"rank-{engine.rank:05d}.safetensors"
-            written = engine.gather(engine.everywhere(lambda: write_slices(path, engine.state.owned())))
-            random = engine.gather(_random(engine.device))
-            files = {f"rank-{rank:05d}.safetensors": file for rank, file in enumerate(written)}
-            engine.on_main(lambda: self._publish(step, partial, target, files, random))
+            written = engine.gather(engine.everywhere(pending.written.result))
+            files = {file_name(rank): file for rank, file in enumerate(written)}
+            engine.on_main(lambda: self._publish(pending, files))
         except UserError as error:
             if self._folder:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(pending.partial, ignore_errors=True)
             raise MachineError(
-                f"the checkpoint of step {step} was not written, those before it are untouched: {error}"
+                f"the checkpoint of step {pending.step} was not written, those before it are untouched: {error}"
             ) from None
+        self._delete_older(pending.target)
 
-    def _publish(
-        self, step: int, partial: Path, target: Path, files: dict[str, Written], random: list[dict[str, str]]
-    ) -> None:
+    def _publish(self, pending: Pending, files: dict[str, Written]) -> None:
         """Completes a checkpoint and gives it its name."""
+        partial, target = pending.partial, pending.target
         for name, file in files.items():
             if not (partial / name).exists() or (partial / name).stat().st_size != file.size:
                 raise MachineError(f"{partial / name} is not here: run.dir must be one folder for all hosts")
         assert self._folder is not None
         self._folder.sync_metrics()
-        content = json.dumps(self._describe(step, random), allow_nan=False).encode()
+        content = json.dumps(pending.state, allow_nan=False).encode()
         files = files | {STATE: write_durably(partial / STATE, content)}
-        write_durably(partial / NAME, render(step, files).encode())
+        write_durably(partial / NAME, render(pending.step, files).encode())
         sync_folder(partial)
         if target.exists():  # damaged, or it would be the one this run went on from
-            set_aside(self._root, newer_than=step - 1)
+            set_aside(self._root, newer_than=pending.step - 1)
         partial.rename(target)
         sync_folder(self._root)
         self._point("latest", target.name)
@@ -289,18 +337,20 @@ class Checkpoints:
         sync_folder(self._root)
 
     def _delete_older(self, newest: Path) -> None:
-        """Deletes the checkpoints that are not kept, once a newer one is known to be whole."""
-        doomed = self._engine.on_main(self._not_kept)
-        if not doomed:
-            return
-        engine = self._engine
-        try:
-            engine.everywhere(lambda: check_folder(newest, engine.rank, engine.world_size))
-        except UserError as error:
-            if self._folder:
+        """Deletes the checkpoints that are not kept, once the newest is known to be whole.
+
+        Each process has read its own file back; the rest is read here.
+        """
+
+        def delete_where_whole() -> None:
+            try:
+                check_file(newest, STATE, read_manifest(newest)[STATE])
+            except CheckpointError as error:
                 print(f"WARNING: {error}; no older checkpoint is deleted", flush=True)
-            return
-        engine.on_main(lambda: delete(self._root, doomed))
+            else:
+                delete(self._root, self._not_kept())
+
+        self._engine.on_main(delete_where_whole)
 
     def _not_kept(self) -> list[str]:
         """Names the folders to delete: older checkpoints, and those set aside whose step was reached again."""
@@ -311,6 +361,31 @@ class Checkpoints:
         doomed = [path.name for step, path in listed(self._root) if step not in kept and path.name != best]
         aside = [path.name for path in self._root.glob(f"step-*{ASIDE}")]
         return doomed + [name for name in aside if (step_of(name.removesuffix(ASIDE)) or 0) <= steps[0]]
+
+
+def _write(partial: Path, rank: int, slices: list[Slice]) -> Written:
+    """Writes a process's file, and reads it back."""
+    name = file_name(rank)
+    written = write_slices(partial / name, slices)
+    check_file(partial, name, written)
+    return written
+
+
+def run_beside(function: Callable[[], T], *, beside: bool) -> "Future[T]":
+    """Runs a function, in a thread of its own where it is to run beside others."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if beside:
+        threading.Thread(target=run, name="checkpoint").start()
+    else:
+        run()
+    return future
 
 
 def _make_anew(folder: Path) -> None:

@@ -24,6 +24,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def file_name(rank: int) -> str:
+    """Names the file of a process."""
+    return f"rank-{rank:05d}.safetensors"
+
+
 def step_of(name: str) -> int | None:
     """Reads the step of a folder's name; None for any other name."""
     found = _FOLDER.fullmatch(name)

@@ -52,6 +52,10 @@ class Slice(NamedTuple):
         """One past the last element."""
         return self.start + self.values.numel()
 
+    def copy(self) -> "Slice":
+        """Returns the same with values of its own, in host memory."""
+        return self._replace(values=self.values.to("cpu", copy=True))
+
     def part(self, index: int, count: int) -> "Slice":
         """Returns one of `count` parts of about equal size."""
         size = self.values.numel()
