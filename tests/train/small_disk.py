@@ -1,4 +1,4 @@
-"""Trains on a disk that becomes too small: `python -m tests.train.small_disk STEP WORDS...`."""
+"""Trains on a disk that becomes too small: `python -m tests.train.small_disk STEP LARGEST_BYTES WORDS...`."""
 
 import resource
 import sys
@@ -6,22 +6,20 @@ import sys
 import train.loop
 from train.cli import main
 
-LARGEST_BYTES = 700_000
 
-
-def shrink_at(step: int) -> None:
+def shrink_at(step: int, largest_bytes: int) -> None:
     """Limits the size of files once a step begins."""
     train_step, taken = train.loop.train_step, [0]
 
     def step_on_a_smaller_disk(*inputs):
         taken[0] += 1
         if taken[0] == step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_BYTES, LARGEST_BYTES))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes, largest_bytes))
         return train_step(*inputs)
 
     train.loop.train_step = step_on_a_smaller_disk
 
 
 if __name__ == "__main__":
-    shrink_at(int(sys.argv[1]))
-    sys.exit(main(["train", *sys.argv[2:]]))
+    shrink_at(int(sys.argv[1]), int(sys.argv[2]))
+    sys.exit(main(["train", *sys.argv[3:]]))

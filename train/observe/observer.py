@@ -1,5 +1,6 @@
 """The figures of a run: counted on every process, written and shown by the main one."""
 
+import contextlib
 import json
 import resource
 from typing import Any, Self
@@ -8,6 +9,7 @@ import torch
 
 from mixtral import MixtralConfig
 from train.config import Config
+from train.errors import MachineError
 from train.folder import RunFolder
 from train.observe.alarms import CollapseAlarm
 from train.observe.hardware import peak_flops
@@ -83,7 +85,7 @@ class Observer:
         if "eval_loss" in row:
             self.evaluations.append(row["eval_loss"])
         if self._metrics and self._progress:
-            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self._write(json.dumps(row, allow_nan=False) + "\n")
             self._progress.show(row)
             for line in self._alarm.hear(step, row["expert_load"]) if "expert_load" in row else ():
                 self._progress.say(line)
@@ -91,6 +93,18 @@ class Observer:
                 draw(self._folder)
         if self._tracker:
             self._tracker.log(row)
+
+    def _write(self, line: str) -> None:
+        """Writes a line of metrics.jsonl.
+
+        Raises:
+            MachineError: when the disk does not take it.
+        """
+        assert self._metrics is not None
+        try:
+            self._metrics.write(line)
+        except OSError as error:
+            raise MachineError(f"{self._metrics.name} cannot be written: {error.strerror}; make room") from None
 
     def postpone(self, step: int, figures: dict[str, Any]) -> None:
         """Keeps the figures of a step whose evaluation is left to the run that goes on."""
@@ -127,7 +141,8 @@ class Observer:
         """Closes files, bar and tracker; after an error the tracker is not waited for long."""
         self.end_of_training()
         if self._metrics:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # of a line that the disk did not take
+                self._metrics.close()
         if self._folder and kind is not None and "loss" in self.last:
             self._draw_what_there_is(self._folder)
         if self._tracker:
