@@ -183,3 +183,17 @@ def test_a_killed_process_takes_the_other_along_and_both_go_on_bit_by_bit(tmp_pa
     assert codes == [0, 0]
     assert f"goes on after step 3 from {tmp_path / 'killed'}" in said
     assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_file_of_a_run_that_dies_and_goes_on_is_unpickled(tmp_path, corpus, processes):
+    """Two processes send each other the tokenizer, in memory; nothing else looks up a class by a pickle's word."""
+    words = [f"data.path={corpus}", *EVERY, "parallel.zero=2", f"parallel.expert={processes}"]
+    done = launch_ranks(processes, "tests.train.audited", str(tmp_path), *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(processes):
+        found = read_json(tmp_path / f"seen-{rank}.json")
+        assert found["codes"] == [99, 0]
+        foreign = [name for name in found["seen"] if not name.startswith(("tokenizers.", "transformers.tokenization"))]
+        assert foreign == []
+        assert processes == 2 or found["seen"] == []

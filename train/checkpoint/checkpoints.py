@@ -281,8 +281,9 @@ class Checkpoints:
         if pending is None:
             return
         try:
-            written = engine.gather(engine.everywhere(pending.written.result))
-            files = {file_name(rank): file for rank, file in enumerate(written)}
+            mine = engine.everywhere(pending.written.result)
+            written = engine.gather((mine.size, mine.sha256))
+            files = {file_name(rank): Written(*file) for rank, file in enumerate(written)}
             engine.on_main(lambda: self._publish(pending, files))
         except UserError as error:
             if self._folder:
