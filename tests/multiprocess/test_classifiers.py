@@ -69,7 +69,8 @@ def test_adapters_of_a_classifier_are_the_same_in_two_processes(tmp_path):
         adapters.append(load_file(tmp_path / str(processes) / "export" / "adapter_model.safetensors"))
     assert "base_model.model.score.weight" in adapters[0]
     for name, tensor in adapters[0].items():
-        assert (tensor - adapters[1][name]).norm() <= 1e-5 * tensor.norm(), name
+        # B began at zero: it is the sum of six steps' gradients and of their rounding, with no weight beneath them
+        assert (tensor - adapters[1][name]).norm() <= 3e-5 * tensor.norm(), name
 
 
 EP2 = ["parallel.expert=2", "parallel.zero=2"]
