@@ -1,5 +1,6 @@
 """The end of a run: summary, export, and a sample of what the model writes."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,13 +37,12 @@ def finish(
         described = {"metric": best.metric, "step": best.step, "value": best.value}
         folder.write_json("summary.json", summary | {"best": described, "stopped_early": best.is_over})
     target = Path(config.run.dir or "") / "export"
-    if config.evaluate.export_best:
-        engine.on_main(lambda: _use_best(target))
-    else:
+    chosen = config.evaluate.export_best and engine.on_main(lambda: _use_best(target, best))
+    if not chosen:
         export(target, engine, tokenizer, data.held_out_documents, config, summary)
     if folder:
         if best.is_over or config.evaluate.export_best:
-            exported = "; it is exported" if config.evaluate.export_best else ""
+            exported = "; it is exported" if chosen else "; of the last step is the export"
             print(f"{'no better for so many evaluations: ' if best.is_over else ''}{best}{exported}")
         figures = shown(observer.last) if data.labels else ""
         change = f"held-out loss {summary['first_eval_loss']:.4f} -> {summary['eval_loss']:.4f}"
@@ -50,7 +50,7 @@ def finish(
     if config.evaluate.sample_tokens and data.labels is None:
         text = sample(engine, tokenizer, config.evaluate.sample_prompt, config.evaluate.sample_tokens, config.run.seed)
         if folder:
-            of_last = " of the last step" if config.evaluate.export_best and best.step != summary["steps"] else ""
+            of_last = " of the last step" if chosen and best.step != summary["steps"] else ""
             print(f"--- sample{of_last} ---\n{text}\n--------------")
 
 
@@ -83,12 +83,22 @@ def _remove_others(folder: Path, kept: str) -> None:
             shutil.rmtree(other)
 
 
-def _use_best(target: Path) -> None:
-    """Gives the best model its place as the run's export."""
-    folder = target.parent / BEST
-    (kept,) = folder.glob("*/export")
-    kept.rename(target)
-    shutil.rmtree(folder)
+def _use_best(target: Path, best: Best) -> bool:
+    """Gives the best model a second name as the run's export; says whether it is there.
+
+    It is gone where a run went on from before the step that replaced it, and then found none better.
+    """
+    kept = target.parent / BEST / f"step-{best.step}" / "export"
+    if kept.is_dir():
+        shutil.copytree(kept, target, copy_function=_link)
+    return kept.is_dir()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has links
+        shutil.copy2(source, target)
 
 
 def summarise(observer: Observer, data: Data) -> dict[str, Any]:

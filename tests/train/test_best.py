@@ -67,7 +67,8 @@ def test_a_run_that_overfits_stops_and_exports_its_best_model(tmp_path, processe
     assert loss_of(run / "export") == pytest.approx(losses[least], abs=1e-5)
     assert f"{losses[least]:.4f} after" in (run / "export" / "README.md").read_text()
     assert "# run\n" in (run / "export" / "README.md").read_text()
-    assert not (run / "best").exists()
+    (kept,) = (run / "best").glob("*/export/model.safetensors")
+    assert kept.samefile(run / "export" / "model.safetensors")
     assert "sample of the last step" in done.stdout
 
 

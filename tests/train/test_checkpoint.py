@@ -9,6 +9,7 @@ import pytest
 
 from tests.multiprocess.many_runs import run
 from tests.train.helpers import metrics, read_json, run_small, write_corpus
+from tests.train.test_labelled import labelled
 from train.checkpoint.checkpoints import Checkpoints
 
 STEPS = ["checkpoint.every=3", "train.max_steps=8", "evaluate.every=4"]
@@ -79,6 +80,30 @@ def assert_goes_on_bit_by_bit(folder, words):
 def test_a_run_that_died_twice_ends_as_the_one_that_did_not(case, tmp_path, corpus, chats):
     words = [f"data.path={chats if 'CHATS' in ONE_PROCESS[case] else corpus}"]
     assert_goes_on_bit_by_bit(tmp_path, words + [word for word in ONE_PROCESS[case] if word != "CHATS"])
+
+
+@pytest.mark.parametrize("patience", [4, 2], ids=["lasting", "at its end"])
+def test_the_best_evaluation_its_export_and_patience_live_through_deaths(tmp_path, corpus, patience):
+    words = [*STEPS, f"data.path={corpus}", "evaluate.every=2", f"evaluate.patience={patience}", "optim.lr=1e-9"]
+    words += ["evaluate.export_best=true"]
+    assert run([*words, f"run.dir={tmp_path / 'whole'}"]) == 0
+    died = [*words, f"run.dir={tmp_path / 'died'}"]
+    assert [run(died, dies_at=5), run(died)] == [99, 0]
+    assert run(died) == (6 if patience == 4 else 0)  # all its steps are done, or it is out of patience again
+    best = [json.loads((tmp_path / name / "summary.json").read_text())["best"] for name in ("died", "whole")]
+    assert best[0] == best[1]
+    assert read_export(tmp_path / "died") == read_export(tmp_path / "whole")
+
+
+def test_a_classifier_goes_on_bit_by_bit(tmp_path):
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in labelled("classification", 40)))
+    words = [f"data.path={path}", "data.format=classification", "data.too_long=cut", "data.tokenizer=mixtral"]
+    assert_goes_on_bit_by_bit(tmp_path, [*words, "model.vocab_size=32000"])
+
+
+def read_export(folder):
+    return (folder / "export" / "model.safetensors").read_bytes()
 
 
 def test_adapters_go_on_bit_by_bit_and_frozen_weights_are_not_saved_but_told_apart(tmp_path, corpus, capsys):
