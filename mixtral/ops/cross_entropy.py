@@ -62,10 +62,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_TH) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VH, dtype=accumulate) if needs_weight else None
         total = hidden_TH.new_zeros((), dtype=accumulate)
+        buffer = hidden_TH.new_empty(min(chunk, len(hidden_TH)), len(weight_VH))
         for start in range(0, len(hidden_TH), chunk):
             rows = slice(start, start + chunk)
-            logits = F.linear(hidden_TH[rows], weight_VH)
-            total += _to_gradient(logits, labels_T[rows], accumulate)
+            logits = torch.mm(hidden_TH[rows], weight_VH.t(), out=buffer[: len(hidden_TH[rows])])
+            total += _to_gradient(logits, labels_T[rows], accumulate, wanted=needs_hidden or needs_weight)
             if grad_hidden is not None:
                 torch.mm(logits, weight_VH, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -84,20 +85,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _to_gradient(logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums the cross-entropy, computed in a dtype, and puts its gradient in place of the logits.
+def _to_gradient(logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype, *, wanted: bool) -> Tensor:
+    """Sums the cross-entropy, computed in a dtype, and puts its gradient, if wanted, in place of the logits.
 
     On a CPU few rows at a time, so that what is computed of them stays in the cache.
     """
     total = logits_TV.new_zeros((), dtype=dtype)
-    for logits, labels in zip(
-        *(t.split(CPU_ROWS if t.is_cpu else len(t) or 1) for t in (logits_TV, labels_T)), strict=True
-    ):
+    rows = CPU_ROWS if logits_TV.is_cpu else max(1, len(logits_TV))
+    for logits, labels in zip(logits_TV.split(rows), labels_T.split(rows), strict=True):
         trained = labels != IGNORE_INDEX
         log_probabilities = logits.to(dtype).log_softmax(dim=-1)
         targets = labels.where(trained, 0).unsqueeze(-1)
         total -= log_probabilities.gather(-1, targets).squeeze(-1).where(trained, 0.0).sum()
-        gradient = log_probabilities.exp_()
-        gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, -1.0))
-        logits.copy_(gradient.mul_(trained.unsqueeze(-1)))
+        if wanted:
+            gradient = log_probabilities.exp_()
+            gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, -1.0))
+            logits.copy_(gradient.mul_(trained.unsqueeze(-1)))
     return total

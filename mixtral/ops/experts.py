@@ -111,7 +111,8 @@ def expert_ffn(
     order_R, counts_E, weights_TK = assignment
     blocks = [_filled(block, len(order_R)) for block in order_R.split(counts_E.tolist())]
     strengths = [_strength(projection.addition) for projection in (gate_up, down)]
-    settings = _Settings(torch.cat(blocks), [len(block) for block in blocks], activation, *strengths)
+    counts, keep = [len(block) for block in blocks], torch.is_grad_enabled()
+    settings = _Settings(torch.cat(blocks), counts, activation, keep, *strengths)
     out_TH: Tensor = _ExpertFfn.apply(settings, x_TH, weights_TK, *_tensors(gate_up), *_tensors(down))
     return out_TH
 
@@ -145,12 +146,14 @@ class _Settings(NamedTuple):
         order_P: of the choices, R where a row is none.
         counts: rows of each expert.
         activation: of the gate.
+        keep: whether a gradient may be asked for.
         gate_up, down: their additions.
     """
 
     order_P: Tensor
     counts: list[int]
     activation: Activation
+    keep: bool
     gate_up: _Strength
     down: _Strength
 
@@ -203,7 +206,7 @@ class _Product:
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: _Settings, x_TH: Tensor, weights_TK: Tensor, *tensors: Tensor | None) -> Tensor:
-        keep = any(ctx.needs_input_grad)
+        keep = settings.keep and any(ctx.needs_input_grad)
         width = next(tensor.shape[1] for tensor in tensors if tensor is not None)
         seen = _draw_seen(settings, x_TH, width // 2)
         token_P, _, place_R = _places(settings.order_P, weights_TK)
