@@ -402,7 +402,7 @@ def _steps_at_hand(
         step += 1
 
 
-def _steps_of_stream(stream: Iterator[Row], share: Share, first: int) -> Iterator[list[Batch]]:
+def _steps_of_stream(stream: Iterator[Row], share: Share, first: int = 0) -> Iterator[list[Batch]]:
     """Reads every row of the stream and keeps this process's, from a step on."""
     for _ in _take(stream, first * share.rows_per_step):
         pass
