@@ -129,7 +129,7 @@ def _help() -> str:
 
     lines = [USAGE, "recipes:"]
     for name, path in recipes().items():
-        lines.append(f"  {name:<16}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        lines.append(f"  {name:<27}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
     lines.append("\ngroups:")
     lines += [f"  {name:<16}{' | '.join(choices)}" for name, choices in groups().items()]
     return "\n".join(lines)
