@@ -114,6 +114,14 @@ def test_an_error_of_the_first_process_is_everyones_and_is_said_once(tmp_path):
     assert read_json(tmp_path / "run" / "exit.json")["code"] == 3
 
 
+def test_the_wrapped_model_is_gone_before_the_process_group(corpus, tmp_path):
+    """Else it would be the group's last owner, and might wait for gloo's thread, and that for it, for ever."""
+    words = [*SMALL, f"data.path={corpus}", f"run.dir={tmp_path / 'run'}", "train.max_steps=1"]
+    done = launch_ranks(2, "tests.multiprocess.parting", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("owners: [0]") == 2, done.stdout
+
+
 def test_a_taken_port_is_named(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -1,6 +1,5 @@
 """The processes of a run: how they meet, add up figures, and share one model through accelerate."""
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -23,7 +22,6 @@ from train.parallel.meeting import meet
 from train.parallel.state import EngineState
 
 T = TypeVar("T")
-LAST_TENSORS_SECONDS = 0.05
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -258,9 +256,6 @@ class Engine(ABC):
             self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if dist.is_initialized():
-            # gloo's thread may still be about to let go of the last tensors, for which it needs the interpreter's lock;
-            # the end of DistributedDataParallel holds that lock while it waits for the thread
-            time.sleep(LAST_TENSORS_SECONDS)
             dist.destroy_process_group()
 
 

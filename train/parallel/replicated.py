@@ -87,6 +87,13 @@ class ReplicatedEngine(Engine):
             self._masters.publish()
         return norm.item()
 
+    def close(self, *, wait: bool) -> None:
+        # DistributedDataParallel must not be the last to own the process group: it would hold the interpreter's lock
+        # while it waits for gloo's thread, which needs that lock to let go of the last tensors
+        self.drop()
+        self.accelerator.free_memory()
+        super().close(wait=wait)
+
     def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         if kind == "weights":
             parameters = {unwrapped(name): parameter for name, parameter in self.module.named_parameters()}
