@@ -25,6 +25,7 @@ def corpus(tmp_path_factory):
 
 def row(step, layers=3, experts=8):
     figures = {"loss": 8.0 / step, "router_loss": 2.0, "tokens_per_second": 1234.5}
+    figures |= {"router_entropy": [1.5] * layers, "cross_rank_fraction": 0.5, "dropped_fraction": 0.0}
     return {"step": step, "expert_load": [[1 / experts] * experts] * layers, **figures}
 
 
@@ -33,13 +34,15 @@ def test_plots_are_pictures_with_something_on_them(tmp_path, layers):
     rows = [row(step, layers) for step in (1, 10, 20)]
     plots.draw_loss([{"step": 0, "eval_loss": 8.1, "eval_perplexity": 3000.0}, *rows], tmp_path / "loss.png")
     plots.draw_expert_load(rows, tmp_path / "load.png")
-    for name in ("loss.png", "load.png"):
+    plots.draw_router(rows, tmp_path / "router.png")
+    for name in ("loss.png", "load.png", "router.png"):
         assert imread(tmp_path / name)[..., :3].std() > 0.02
 
 
 def test_a_single_logged_step_can_be_drawn(tmp_path):
     plots.draw_loss([row(1)], tmp_path / "loss.png")
     plots.draw_expert_load([row(1)], tmp_path / "load.png")
+    plots.draw_router([row(1)], tmp_path / "router.png")
 
 
 def test_off_a_terminal_progress_is_plain_lines(capsys):

@@ -52,7 +52,7 @@ def test_the_run_folder_holds_the_contracts_files(finished):
         "summary.json",
         "exit.json",
     }
-    assert {path.name for path in (finished / "plots").iterdir()} == {"loss.png", "expert_load.png"}
+    assert {path.name for path in (finished / "plots").iterdir()} == {"loss.png", "expert_load.png", "router.png"}
     assert read_json(finished / "exit.json") == {"reason": "done", "code": 0, "message": "4 steps"}
     assert "data.path=" in (finished / "overrides.yaml").read_text()
     assert read_json(finished / "environment.json")["packages"]["torch"] == torch.__version__
@@ -301,7 +301,7 @@ def test_an_interrupted_run_has_its_pictures(living):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT
-    assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "expert_load.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "expert_load.png", "router.png"}
 
 
 @pytest.mark.slow

@@ -11,13 +11,14 @@ from train.folder import RunFolder
 
 
 def draw(folder: RunFolder) -> None:
-    """Draws `plots/loss.png` and `plots/expert_load.png` of what metrics.jsonl holds so far."""
+    """Draws `loss.png`, `expert_load.png` and `router.png` of what metrics.jsonl holds so far into `plots/`."""
     rows = read_metrics(folder.metrics_path)
     target = folder.path / "plots"
     target.mkdir(exist_ok=True)
     draw_loss(rows, target / "loss.png")
     if any("expert_load" in row for row in rows):
         draw_expert_load(rows, target / "expert_load.png")
+        draw_router(rows, target / "router.png")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -89,6 +90,41 @@ def draw_expert_load(rows: list[dict[str, Any]], target: Path) -> None:
     figure.supylabel("expert", fontsize=10)
     figure.colorbar(image, ax=axes, label="load, 1 = an equal share", extend="max", shrink=0.9)
     figure.savefig(target, dpi=110)
+
+
+def draw_router(rows: list[dict[str, Any]], target: Path) -> None:
+    """Draws each layer's entropy and its fullest expert, and the shares of rows that cross processes or are dropped."""
+    logged = [row for row in rows if "expert_load" in row]
+    steps = [row["step"] for row in logged]
+    load_SLE = np.asarray([row["expert_load"] for row in logged])
+    entropy_SL = np.asarray([row["router_entropy"] for row in logged])
+    _, layers, experts = load_SLE.shape
+    figure, (upper, middle, lower) = _figure(8, 7, nrows=3, sharex=True, height_ratios=(3, 3, 2))
+    for layer in range(layers):
+        look = {"color": _shade(layer / max(1, layers - 1)), "linewidth": 1.2}
+        look |= {"label": f"layer {layer}"} if layer in {0, layers // 2, layers - 1} else {}
+        upper.plot(steps, entropy_SL[:, layer], **look)
+        middle.plot(steps, load_SLE[:, layer].max(axis=1) * experts, **look)
+    upper.axhline(math.log(experts), color="grey", linestyle=":", linewidth=1, label="no choice at all")
+    upper.set_ylabel("router entropy (nats)")
+    upper.legend(fontsize=8)
+    middle.axhline(1, color="grey", linestyle=":", linewidth=1)
+    middle.set_ylabel("fullest expert's load\n(1 = an equal share)")
+    for figure_name, words in {"cross_rank_fraction": "cross processes", "dropped_fraction": "dropped"}.items():
+        lower.plot(steps, [row[figure_name] for row in logged], linewidth=1.2, label=words)
+    lower.set_ylim(-0.03, 1.03)
+    lower.set_ylabel("share of rows")
+    lower.legend(fontsize=8)
+    lower.set_xlabel("step")
+    for axes in (upper, middle, lower):
+        axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=110)
+
+
+def _shade(depth: float) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * depth)
 
 
 def draw_lengths(lengths: np.ndarray, sequence_length: int, target: Path) -> None:
