@@ -48,12 +48,12 @@ def tokens_and_projections(assignment, rank=0):
 def test_experts_equal_their_reference_with_gradients(counts, top_k, activation, rank):
     inputs, arguments = tokens_and_projections(assigned(counts, top_k), rank)
     outputs = [op(*arguments, activation) for op in (experts.expert_ffn, experts.reference)]
-    assert torch.allclose(*outputs, rtol=1e-11)
+    assert torch.allclose(*outputs, rtol=1e-11 if rank else 1e-12)
     if sum(counts):
         upstream = torch.randn_like(outputs[0])
         gradients = [torch.autograd.grad(output, inputs, upstream) for output in outputs]
         for mine, other in zip(*gradients, strict=True):
-            assert torch.allclose(mine, other, rtol=1e-10)
+            assert torch.allclose(mine, other, rtol=1e-10 if rank else 1e-11)
 
 
 def test_frozen_experts_pass_the_gradient_on():

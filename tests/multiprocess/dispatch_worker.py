@@ -120,6 +120,8 @@ def check_bytes(counter: Counter, rows: int, world: int) -> None:
     assert payload == 4 * rows * HIDDEN * 8, "each row goes out and back once, in both passes"
     counts = world * EXPERTS * 8
     assert metadata == counts + 2 * rows * 8, "each row's weight goes out, and its gradient back"
+    if rows > 8 * world:
+        assert metadata <= 0.02 * payload, (metadata, payload)
 
 
 def kept_rows(probability_TE: torch.Tensor, capacity: int, policy: str) -> torch.Tensor:

@@ -61,6 +61,7 @@ def test_adapters_of_a_classifier_are_the_same_in_two_processes(tmp_path):
     assert base.returncode == 0, base.stderr[-3000:]
     small = [word for word in COMMON if not word.startswith(("model.", "data.tokenizer"))]
     words = [*small, f"data.path={path}", "data.format=classification", "lora.rank=4", "optim.lr=0.05"]
+    words += ["train.max_steps=2"]  # B began at zero: it is the sum of the gradients and of their rounding alone
     words += [f"model.init_from={tmp_path / 'base' / 'export'}"]
     adapters = []
     for processes, split in ((1, ["train.micro_batch_size=4"]), (2, ["train.micro_batch_size=2", *EP2])):
@@ -69,8 +70,7 @@ def test_adapters_of_a_classifier_are_the_same_in_two_processes(tmp_path):
         adapters.append(load_file(tmp_path / str(processes) / "export" / "adapter_model.safetensors"))
     assert "base_model.model.score.weight" in adapters[0]
     for name, tensor in adapters[0].items():
-        # B began at zero: it is the sum of six steps' gradients and of their rounding, with no weight beneath them
-        assert (tensor - adapters[1][name]).norm() <= 3e-5 * tensor.norm(), name
+        assert (tensor - adapters[1][name]).norm() <= 1e-5 * tensor.norm(), name
 
 
 EP2 = ["parallel.expert=2", "parallel.zero=2"]
