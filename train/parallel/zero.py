@@ -18,6 +18,7 @@ from train.optim import MOMENTS, build_optimizer
 from train.parallel.engine import Engine, Kind, Model, Weights, fill
 from train.parallel.exchange import Traffic
 from train.parallel.expert import ExpertParallelBlock, mark_as_split, split_experts
+from train.parallel.host_memory import freed_at_once
 from train.parallel.state import whole_parameters
 from train.parallel.zero_state import zero_state
 
@@ -89,6 +90,10 @@ class ZeroEngine(Engine):
         """
         if self.expert_ranks > 1:
             split_experts(model, model.config, self.parallel, self.rank)
+        with freed_at_once():
+            self._fill(model, weights)
+
+    def _fill(self, model: Model, weights: Weights) -> None:
         convert = None
         parameter: Any  # which DeepSpeed gives methods of its own
         for name, parameter in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
