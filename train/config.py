@@ -248,6 +248,12 @@ class TrainConfig:
         "which weights are trained: all; or words from router, experts, attention and norms, names, and patterns of "
         "names such as model.layers.3.*, with commas between. A classifier's score.weight always is",
     )
+    recompute: str = key(
+        "none",
+        "what is computed again in backward rather than kept: none; or layers, of each of which only the input is kept "
+        "then: less memory for about a third more work",
+        choices=("none", "layers"),
+    )
     log_every: int = key(10, "steps between logged lines", minimum=1)
 
 

@@ -97,6 +97,8 @@ def trainable_model(config: Config, model: MixtralConfig) -> Model:
             parameter.requires_grad_(name in chosen)
     else:
         adapt(module, adapter, config.lora.dropout)
+    if config.train.recompute == "layers":
+        module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return module
 
 
