@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixtral.configuration import MixtralConfig
-from mixtral.ops.experts import Assignment, Projection, expert_ffn
+from mixtral.ops.experts import Assignment, Matrices, Projection, expert_ffn
 from mixtral.ops.permute import sort_rows
 
 
@@ -57,12 +57,26 @@ class Router(nn.Module):
         return F.linear(x_TH, self.weight.to(x_TH.dtype))
 
 
+Opener = Callable[[Tensor, tuple[int, int]], Matrices]
+
+
+def as_they_are(stacked_EYX: Tensor, shape: tuple[int, int]) -> Matrices:
+    """Gives the matrices of a parameter that is them."""
+    return stacked_EYX
+
+
 class Experts(nn.Module):
-    """E gated feed-forward networks: down(activation(gate(x)) * up(x))."""
+    """E gated feed-forward networks: down(activation(gate(x)) * up(x)).
+
+    `opener` may be replaced from outside, where the parameters hold frozen matrices in another form: it gives those of
+    a parameter, each of a shape.
+    """
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
         experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.hidden, self.inner = hidden, inner
+        self.opener: Opener = as_they_are
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.activation = config.activation
@@ -74,7 +88,13 @@ class Experts(nn.Module):
 
     def projections(self) -> tuple[Projection, Projection]:
         """Gives what maps H to gate and up, and what maps I back to H."""
-        return Projection(self.gate_up_proj), Projection(self.down_proj)
+        gate_up, down = self.matrices()
+        return Projection(gate_up), Projection(down)
+
+    def matrices(self) -> tuple[Matrices, Matrices]:
+        """Gives the matrices of both, (2I, H) and (H, I) of each expert."""
+        gate_up = self.opener(self.gate_up_proj, (2 * self.inner, self.hidden))
+        return gate_up, self.opener(self.down_proj, (self.hidden, self.inner))
 
 
 Dispatcher = Callable[[Tensor, Routing, Experts], Tensor]

@@ -341,10 +341,16 @@ class LoraConfig:
         "stacked parameters",
         choices=("portable", "fused"),
     )
+    quantize: str = key(
+        "none",
+        "how the frozen weights of attention and experts are held: none, in train.precision; nf4, in 4 bits, by "
+        "bitsandbytes. The adapter still belongs to the weights as they were",
+        choices=("none", "nf4"),
+    )
     init_from: str | None = key(
         None,
-        "a folder with an adapter in either format, or its hub id, to go on from; of lora.* only dropout and format "
-        "may then differ",
+        "a folder with an adapter in either format, or its hub id, to go on from; of lora.* only dropout, format and "
+        "quantize may then differ",
     )
 
 
@@ -720,8 +726,17 @@ def _check_trained(config: Config) -> None:
     )
     if lora.rank == 0:
         given = [name for name in ("dora", "rslora", "dropout") if getattr(lora, name)]
+        given += ["quantize=nf4"] if lora.quantize == "nf4" else []
         _refuse(bool(given), f"lora.{given[0] if given else ''} needs adapters: set lora.rank")
         return
+    _refuse(
+        lora.quantize == "nf4" and config.parallel.zero == 3,
+        "lora.quantize=nf4 does not go with parallel.zero=3, which divides weights of one dtype: set it to 2 or less",
+    )
+    _refuse(
+        lora.quantize == "nf4" and lora.dora,
+        "lora.quantize=nf4 does not go with lora.dora=true, whose magnitudes are of weights as they are: leave one out",
+    )
     targets = words_of(lora.targets)
     for word in targets:
         _refuse(word not in TARGETS, f"lora.targets: {word!r}, expected {' | '.join(TARGETS)}{nearest(word, TARGETS)}")

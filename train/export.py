@@ -203,10 +203,19 @@ def _card(target: Path, model: MixtralConfig, config: Config, summary: dict[str,
         tokens=summary["tokens"],
         tokenizer=config.data.tokenizer,
         steps=summary["steps"],
-        precision=config.train.precision,
+        precision=_precision(config),
         first=summary["first_eval_loss"],
         last=summary["eval_loss"],
         folder=target.name,
+    )
+
+
+def _precision(config: Config) -> str:
+    if config.lora.quantize == "none":
+        return config.train.precision
+    return (
+        f"{config.train.precision}; attention and experts of the base were held in 4 bits ({config.lora.quantize}), by "
+        "which the losses were taken"
     )
 
 

@@ -23,7 +23,8 @@ from train.data.hub import download
 from train.errors import CheckpointError
 from train.inherit import scale_of
 from train.model import empty_model, generator_of, head_of
-from train.parallel.engine import Model, Weights, fill
+from train.parallel.engine import DTYPES, Model, Weights, fill
+from train.quantize import quantize, quantized
 
 HUB_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -54,7 +55,8 @@ class AdaptedExperts(Experts):
         dropout = self.dropout if self.training else 0.0
         gate_up = LowRank(self.gate_up_lora_A, self.gate_up_lora_B, self.scale, dropout)
         down = LowRank(self.down_lora_A, self.down_lora_B, self.scale, dropout)
-        return Projection(self.gate_up_proj, gate_up), Projection(self.down_proj, down)
+        weights = self.matrices()
+        return Projection(weights[0], gate_up), Projection(weights[1], down)
 
 
 class AdaptedRouter(Router):
@@ -89,7 +91,11 @@ def adapter_of(lora: LoraConfig) -> Adapter | None:
 
 
 def trainable_model(config: Config, model: MixtralConfig) -> Model:
-    """Builds a model without values, with the run's adapters, in which all is frozen that the run does not train."""
+    """Builds a model without values, with the run's adapters, in which all is frozen that the run does not train.
+
+    Raises:
+        MachineError: when its frozen weights are to be quantized, and cannot be here.
+    """
     module, adapter = empty_model(model), adapter_of(config.lora)
     if adapter is None:
         chosen = trained_names(config)
@@ -99,6 +105,8 @@ def trainable_model(config: Config, model: MixtralConfig) -> Model:
         adapt(module, adapter, config.lora.dropout)
     if config.train.recompute == "layers":
         module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora.quantize == "nf4":
+        quantize(module, DTYPES[config.train.precision])
     return module
 
 
@@ -131,6 +139,8 @@ def adapt(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
 def with_adapters(base: Weights, config: Config, model: MixtralConfig, b_bound: float = 0.0) -> Weights:
     """Adds a run's adapters to the weights they adapt: new ones, or those that it goes on from.
 
+    The weights are quantized where the run asks for that.
+
     Args:
         base: yields the weights alone.
         config: of the run.
@@ -140,6 +150,8 @@ def with_adapters(base: Weights, config: Config, model: MixtralConfig, b_bound: 
     adapter = adapter_of(config.lora)
     if adapter is None:
         return base
+    if config.lora.quantize == "nf4":
+        base = quantized(base)
 
     def both(experts: range) -> Iterator[tuple[str, Tensor]]:
         expected = shapes(model, adapter)

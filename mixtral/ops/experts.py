@@ -4,7 +4,7 @@ Shape letters: see `mixtral/modeling.py`; r is the rank of a low-rank addition, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,19 @@ class LowRank(NamedTuple):
     dropout: float = 0.0
 
 
+class Matrices(Protocol):
+    """A matrix of every expert: a tensor (E, Y, X), or what makes a frozen one (Y, X) whenever it is asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, expert: int, /) -> Tensor: ...
+
+
 class Projection(NamedTuple):
     """A projection of every expert, from X inputs to Y outputs, with or without a low-rank addition."""
 
-    weight_EYX: Tensor
+    weight_EYX: Matrices
     addition: LowRank | None = None
 
 
@@ -93,6 +102,8 @@ def reference(
 
 def _sum(projection: Projection) -> Tensor:
     matrices_EYX, addition = projection
+    if not isinstance(matrices_EYX, Tensor):
+        matrices_EYX = torch.stack([matrices_EYX[expert] for expert in range(matrices_EYX.shape[0])])
     if addition is None:
         return matrices_EYX
     return matrices_EYX + addition.scale * addition.up_EYr @ addition.down_ErX
@@ -106,13 +117,23 @@ def expert_ffn(
     Backward needs of a layer's rows the tokens and what the gate and up projections gave, H + K * 2I numbers per
     token; it computes the rest again, which costs no matrix product. No matrix is ever added up with its low-rank
     addition, and every gradient is written where it stays. An expert without rows takes part with an empty product,
-    so that its gradient is zero and never missing.
+    so that its gradient is zero and never missing. Matrices that are made when they are asked for have no gradient;
+    they are made one at a time, here and again in backward, and none is kept.
     """
     order_R, counts_E, weights_TK = assignment
     blocks = [_filled(block, len(order_R)) for block in order_R.split(counts_E.tolist())]
-    strengths = [_strength(projection.addition) for projection in (gate_up, down)]
-    counts, keep = [len(block) for block in blocks], torch.is_grad_enabled()
-    settings = _Settings(torch.cat(blocks), counts, activation, keep, *strengths)
+    made = [None if isinstance(weight, Tensor) else weight for weight in (gate_up.weight_EYX, down.weight_EYX)]
+    settings = _Settings(
+        order_P=torch.cat(blocks),
+        counts=[len(block) for block in blocks],
+        activation=activation,
+        keep=torch.is_grad_enabled(),
+        inner=down.weight_EYX.shape[2],
+        gate_up=_strength(gate_up.addition),
+        down=_strength(down.addition),
+        made_gate_up=made[0],
+        made_down=made[1],
+    )
     out_TH: Tensor = _ExpertFfn.apply(settings, x_TH, weights_TK, *_tensors(gate_up), *_tensors(down))
     return out_TH
 
@@ -130,7 +151,8 @@ def _strength(addition: LowRank | None) -> _Strength:
 
 def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
     weight_EYX, addition = projection
-    return (weight_EYX, None, None) if addition is None else (weight_EYX, addition.down_ErX, addition.up_EYr)
+    weight = weight_EYX if isinstance(weight_EYX, Tensor) else None
+    return (weight, None, None) if addition is None else (weight, addition.down_ErX, addition.up_EYr)
 
 
 def _filled(choices_m: Tensor, nothing: int) -> Tensor:
@@ -147,44 +169,58 @@ class _Settings(NamedTuple):
         counts: rows of each expert.
         activation: of the gate.
         keep: whether a gradient may be asked for.
+        inner: I.
         gate_up, down: their additions.
+        made_gate_up, made_down: their matrices, where these are no tensors.
     """
 
     order_P: Tensor
     counts: list[int]
     activation: Activation
     keep: bool
+    inner: int
     gate_up: _Strength
     down: _Strength
+    made_gate_up: Matrices | None
+    made_down: Matrices | None
 
 
 class _Product:
     """One projection of one expert on its rows, and the gradients of that.
 
     Args:
-        tensors: weight (Y, X), and A (r, X) and B (Y, r), or None without an addition.
+        weights: a matrix (Y, X) of each expert.
+        expert: which one it is.
+        pair: A (r, X) and B (Y, r), or None without an addition.
         strength: of the addition.
         seen_mX: which inputs A sees; None where it sees all.
-        gradients: where those of the tensors go; None for a frozen one.
+        gradients: where those of the three go; None for a frozen one.
     """
 
     def __init__(
-        self, tensors: list[Any], strength: _Strength, seen_mX: Tensor | None, gradients: list[Tensor | None]
+        self,
+        weights: Matrices,
+        expert: int,
+        pair: list[Any],
+        strength: _Strength,
+        seen_mX: Tensor | None,
+        gradients: list[Tensor | None],
     ) -> None:
-        self.weight, self.a, self.b = tensors
+        self.weights, self.expert = weights, expert
+        self.a, self.b = pair
         self.scale = strength.scale / (1 - strength.dropout)
         self.seen_mX, self.gradients = seen_mX, gradients
 
     def of(self, x_mX: Tensor, out_mY: Tensor) -> None:
         """Computes the projection of m rows."""
-        torch.mm(x_mX, self.weight.t(), out=out_mY)
+        torch.mm(x_mX, self.weights[self.expert].to(x_mX.dtype).t(), out=out_mY)
         if self.a is not None:
             out_mY.addmm_(self._seen(x_mX) @ self.a.t(), self.b.t(), alpha=self.scale)
 
     def backward(self, gradient_mY: Tensor, x_mX: Tensor, out_mX: Tensor) -> None:
         """Computes the gradient of the rows, and those of the tensors."""
         for_weight, for_a, for_b = self.gradients
-        torch.mm(gradient_mY, self.weight, out=out_mX)
+        torch.mm(gradient_mY, self.weights[self.expert].to(x_mX.dtype), out=out_mX)
         if for_weight is not None:
             torch.mm(gradient_mY.t(), x_mX, out=for_weight)
         if self.a is None:
@@ -207,8 +243,8 @@ class _ExpertFfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: _Settings, x_TH: Tensor, weights_TK: Tensor, *tensors: Tensor | None) -> Tensor:
         keep = settings.keep and any(ctx.needs_input_grad)
-        width = next(tensor.shape[1] for tensor in tensors if tensor is not None)
-        seen = _draw_seen(settings, x_TH, width // 2)
+        width = 2 * settings.inner
+        seen = _draw_seen(settings, x_TH)
         token_P, _, place_R = _places(settings.order_P, weights_TK)
         pre_PG = x_TH.new_empty(len(token_P), width) if keep else None
         out_PH = x_TH.new_empty(len(token_P), x_TH.shape[1])
@@ -271,19 +307,20 @@ def _experts(
 ) -> Iterator[tuple[slice, _Product, _Product]]:
     """Yields each expert's rows and its two projections."""
     end = 0
+    weights: tuple[Any, Any] = (settings.made_gate_up or tensors[0], settings.made_down or tensors[3])
     for expert, count in enumerate(settings.counts):
         rows = slice(end, end := end + count)
-        mine = [None if tensor is None else tensor[expert] for tensor in tensors]
+        pairs = [None if tensor is None else tensor[expert] for tensor in (*tensors[1:3], *tensors[4:6])]
         their = [None if gradient is None else gradient[expert] for gradient in gradients]
         masks = [None if mask is None else mask[rows] for mask in seen]
-        gate_up = _Product(mine[:3], settings.gate_up, masks[0], their[:3])
-        yield rows, gate_up, _Product(mine[3:], settings.down, masks[1], their[3:])
+        gate_up = _Product(weights[0], expert, pairs[:2], settings.gate_up, masks[0], their[:3])
+        yield rows, gate_up, _Product(weights[1], expert, pairs[2:], settings.down, masks[1], their[3:])
 
 
-def _draw_seen(settings: _Settings, x_TH: Tensor, inner: int) -> list[Tensor | None]:
+def _draw_seen(settings: _Settings, x_TH: Tensor) -> list[Tensor | None]:
     """Draws which inputs of the two projections their A sees, where not all."""
     masks: list[Tensor | None] = []
-    for strength, width in ((settings.gate_up, x_TH.shape[1]), (settings.down, inner)):
+    for strength, width in ((settings.gate_up, x_TH.shape[1]), (settings.down, settings.inner)):
         shape = (len(settings.order_P), width)
         drop = strength.dropout
         masks.append(torch.rand(shape, device=x_TH.device) >= drop if drop else None)

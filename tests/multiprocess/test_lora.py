@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 
 from mixtral import MixtralConfig
 from mixtral.weights.adapters import Adapter, AdapterFolder
-from tests.train.helpers import PYTHON, SMALL, launch, metrics, read_json, torchrun, write_corpus
+from tests.train.helpers import PYTHON, SMALL, launch, metrics, read_json, run_small, torchrun, write_corpus
+from tests.warm import launch_ranks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -80,3 +81,26 @@ def test_adapters_saved_by_two_processes_are_those_of_one_and_go_on_in_either(tm
     for processes in (1, 2):
         words = [base, f"lora.init_from={two / 'export'}", "lora.format=fused", "train.max_steps=1"]
         assert metrics(run(f"on by {processes}", processes, *words))[0]["eval_loss"] == pytest.approx(last, abs=1e-5)
+
+
+def test_four_bit_weights_split_over_two_processes_are_those_of_one_and_train_the_same(tmp_path):
+    words = [*EVERYWHERE, "lora.quantize=nf4", *EP2, "parallel.zero=2", f"run.dir={tmp_path / 'proof'}"]
+    done = launch_ranks(2, "train.verify", "recipe=demo", *words)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    certificate = read_json(tmp_path / "proof" / "certificate.json")
+    assert certificate["trained"].endswith("beside nf4 weights")
+    assert all(row["max_rel"] == 0.0 for row in certificate["rows"] if row["kind"].startswith("frozen"))
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    assert run_small(tmp_path / "base", f"data.path={corpus}", "train.max_steps=1") == 0
+    same = [f"model.init_from={tmp_path / 'base' / 'export'}", f"data.path={corpus}", "schedule.warmup_steps=0"]
+    same += [*EVERYWHERE, "lora.quantize=nf4", "optim.lr=1e-2", "optim.eps=1e-6"]
+    assert run_small(tmp_path / "one", *same) == 0
+    split = ["parallel.expert=2", "parallel.zero=1", "train.micro_batch_size=2", f"run.dir={tmp_path / 'two'}"]
+    done = launch_ranks(2, "train", *SMALL, *same, *split)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (tmp_path / name / "checkpoints" / "step-00000004" / "state.json" for name in ("one", "two"))
+    assert read_json(two)["frozen"] == read_json(one)["frozen"]
+    wanted, found = (load_file(tmp_path / name / "export" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert (tensor - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name

@@ -7,7 +7,8 @@ from pathlib import Path
 from train.compose import Composed, compose
 from train.errors import ConfigError
 
-BARE = ("lora.rank=0", "lora.dropout=0.0", "lora.dora=false", "lora.rslora=false")  # whatever the recipe trains
+ABSENT = ("rank=0", "dropout=0.0", "dora=false", "rslora=false", "quantize=none")
+BARE = tuple(f"lora.{word}" for word in ABSENT)  # whatever the recipe trains
 OF_MODEL = ("model.init_from", "lora.init_from")
 
 

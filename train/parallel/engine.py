@@ -274,7 +274,7 @@ def fill(
     Args:
         model: to be filled in place; tied parameters stay tied.
         values: name, as of a model that nothing wraps, and value of every parameter, in any order.
-        dtype: of the parameters.
+        dtype: of the parameters; bytes stay bytes.
 
     Raises:
         RuntimeError: for a value without a parameter, of another shape, or a parameter without a value.
@@ -288,7 +288,8 @@ def fill(
         if name not in missing or missing[name].shape != value.shape:
             raise RuntimeError(f"{name} {tuple(value.shape)} is no parameter of the model")
         empty = missing.pop(name)
-        filled = nn.Parameter(value.to(dtype), requires_grad=empty.requires_grad)
+        value = value.to(dtype) if value.is_floating_point() else value
+        filled = nn.Parameter(value, requires_grad=empty.requires_grad)
         for module, attribute in places[empty]:
             setattr(module, attribute, filled)
         yield name, filled

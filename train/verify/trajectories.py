@@ -19,6 +19,7 @@ from train.model import generator_of, initial_weights
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict, uniform_load
 from train.optim import MasterWeights
 from train.parallel.engine import place
+from train.quantize import restored
 from train.verify.compare import Values
 from train.verify.reference import adapted, objective
 
@@ -115,7 +116,8 @@ def expected_steps(
 ) -> tuple[Values, list[Step]]:
     """Takes the steps in fp64, by `train.reference`; returns what they start from too, frozen weights included."""
     experts = range(model.num_local_experts)
-    start = {name: tensor.to(dtype).double() for name, tensor in decided_weights(config, model, seed, experts)}
+    drawn = decided_weights(config, model, seed, experts)
+    start = {name: restored(name, tensor, model, dtype).to(dtype).double() for name, tensor in drawn}
     trained, steps = trained_parameters(trainable_model(config, model)), []
     masters = {name: tensor for name, tensor in start.items() if name in trained}
     adapter, load_LE = adapter_of(config.lora), uneven_load(model, torch.device("cpu"))

@@ -27,6 +27,7 @@ from train.model import model_config
 from train.objective import Coefficients, Parts
 from train.parallel.engine import Engine, Piece, fill
 from train.parallel.proof import Proof
+from train.quantize import restored
 from train.verify.compare import Bounds, Comparison, Row, Values, table
 from train.verify.trajectories import (
     STEPS,
@@ -93,7 +94,7 @@ class Verification:
 
     def _weights(self, experts: range) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in decided_weights(self._config, self._model, self._seed, experts):
-            yield name, tensor.to(self._engine.dtype)
+            yield name, tensor.to(self._engine.dtype) if tensor.is_floating_point() else tensor
 
     def _find_seed(self) -> int:
         """Takes the steps in the reference; with another seed where routing would hang on rounding."""
@@ -214,9 +215,14 @@ class Verification:
     def frozen(self) -> None:
         """Compares what is not trained with what it was; the steps must have left its every bit."""
         trained = trained_parameters(trainable_model(self._config, self._model))
-        pieces = (piece for piece in self._engine.pieces() if piece.name not in trained)
+        pieces = (self._restored(piece) for piece in self._engine.pieces() if piece.name not in trained)
         start = {name: tensor for name, tensor in self._start.items() if name not in trained}
         self.comparison.pieces("frozen", "frozen", pieces, start, Bounds(BOUND_FROZEN))
+
+    def _restored(self, piece: Piece) -> Piece:
+        if piece.tensor is None:
+            return piece
+        return piece._replace(tensor=restored(piece.name, piece.tensor, self._model, self._engine.dtype))
 
 
 def _trained(config: Config) -> str:
@@ -224,7 +230,8 @@ def _trained(config: Config) -> str:
     if lora.rank == 0:
         return config.train.only
     experts = " and the experts" if lora.experts else ""
-    return f"adapters of rank {lora.rank} on {lora.targets or 'no layer'}{experts}{', DoRA' if lora.dora else ''}"
+    more = f"{', DoRA' if lora.dora else ''}{f', beside {lora.quantize} weights' if lora.quantize != 'none' else ''}"
+    return f"adapters of rank {lora.rank} on {lora.targets or 'no layer'}{experts}{more}"
 
 
 def _read_all(folder: Path) -> Values:
