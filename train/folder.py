@@ -1,5 +1,6 @@
 """The run folder: its lock, and the files that say what ran and how it ended."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -151,6 +153,15 @@ class RunFolder:
             raise MachineError(
                 f"run.dir={self.path} is in use by {owner}: name another folder, or stop that run"
             ) from None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the folder from other runs until the context ends, even where it is closed meanwhile."""
+        lock = os.dup(self._lock.fileno())
+        try:
+            yield
+        finally:
+            os.close(lock)
 
     @property
     def metrics_path(self) -> Path:

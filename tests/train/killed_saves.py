@@ -11,14 +11,14 @@ import signal
 import sys
 from pathlib import Path
 
-import train.checkpoint.values
+import train.checkpoint.durable
 import train.run
 from tests.train.helpers import SMALL
 from train.checkpoint.checkpoints import Checkpoints
 from train.compose import compose
 
 CALLS = [(os, name) for name in ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir")]
-CALLS += [(train.checkpoint.values, "_put")]
+CALLS += [(train.checkpoint.durable, "_put")]
 
 
 def die_before(number: int) -> None:

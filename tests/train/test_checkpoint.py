@@ -1,16 +1,21 @@
 """One process: a run that died goes on bit by bit, and what is damaged is never used."""
 
+import hashlib
 import json
 import random
 import shutil
 import time
+from functools import partial
 
 import pytest
 
 from tests.multiprocess.many_runs import run
 from tests.train.helpers import metrics, read_json, run_small, write_corpus
 from tests.train.test_labelled import labelled
+from train.checkpoint import durable
 from train.checkpoint.checkpoints import Checkpoints
+from train.errors import CheckpointError, MachineError
+from train.folder import RunFolder
 
 STEPS = ["checkpoint.every=3", "train.max_steps=8", "evaluate.every=4"]
 FIGURES = ("step", "tokens", "loss", "grad_norm", "router_loss", "router_objective", "eval_loss", "lr", "expert_load")
@@ -124,12 +129,10 @@ def test_adapters_go_on_bit_by_bit_and_frozen_weights_are_not_saved_but_told_apa
 
 def test_what_is_written_beside_later_steps_is_the_step_it_was_asked_for(tmp_path, corpus, monkeypatch):
     """The disk is slow: of step 2 only a part is written when steps 3 and on are taken."""
-    import train.checkpoint.values
-
     words = [f"data.path={corpus}", "train.max_steps=8", "checkpoint.every=4", "checkpoint.keep_last=3"]
     assert run([*words, f"run.dir={tmp_path / 'waiting'}"]) == 0
-    put, when, publish = train.checkpoint.values._put, [], Checkpoints._publish
-    monkeypatch.setattr(train.checkpoint.values, "_put", lambda *inputs: (time.sleep(0.003), put(*inputs))[1])
+    put, when, publish = durable._put, [], Checkpoints._publish
+    monkeypatch.setattr(durable, "_put", lambda *inputs: (time.sleep(0.003), put(*inputs))[1])
     monkeypatch.setattr(
         Checkpoints,
         "_publish",
@@ -143,6 +146,31 @@ def test_what_is_written_beside_later_steps_is_the_step_it_was_asked_for(tmp_pat
         assert mine["random"] == other["random"]
         assert mine["parts"]["router"] == other["parts"]["router"]
         assert mine["parts"]["figures"]["tokens"] == other["parts"]["figures"]["tokens"]
+
+
+def test_a_folder_is_not_free_before_the_checkpoint_of_the_run_that_ended_is_complete(tmp_path):
+    folder = RunFolder(tmp_path)
+    with folder.held():
+        folder.close("crash", 1, "ended")
+        with pytest.raises(MachineError, match="is in use by process"):
+            RunFolder(tmp_path)
+    RunFolder(tmp_path).close("done", 0, "")
+
+
+@pytest.mark.parametrize("change", [b"", b"\x00"], ids=["what was meant", "a flipped bit"])
+def test_what_is_written_is_hashed_and_read_back_whole(tmp_path, monkeypatch, change):
+    """Of three parts, the second of which the disk is given in pieces, and forced to begin early."""
+    parts = [b"one", bytes(range(256)) * 64, b"\x01"]
+    put = durable._put
+    monkeypatch.setattr(durable, "EARLY_BYTES", 2)
+    monkeypatch.setattr(durable, "_put", lambda file, part: put(file, change or part if part == b"\x01" else part))
+    write = partial(durable.write_durably, tmp_path / "file", map(memoryview, parts), read_back=True)
+    if change:
+        with pytest.raises(CheckpointError, match="is damaged"):
+            write()
+    else:
+        assert write() == (len(b"".join(parts)), hashlib.sha256(b"".join(parts)).hexdigest())
+        assert (tmp_path / "file").read_bytes() == b"".join(parts)
 
 
 @pytest.mark.slow

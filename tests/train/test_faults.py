@@ -15,10 +15,10 @@ from tests.multiprocess.many_runs import run
 from tests.train.helpers import PYTHON, SMALL, kill_group, metrics, read_json, run_small, write_corpus
 from tests.train.test_checkpoint import figures, tensors
 from tests.warm import launch_ranks
+from train.checkpoint.durable import Written
 from train.checkpoint.find import find
 from train.checkpoint.manifest import render
 from train.checkpoint.preemption import Preemption
-from train.checkpoint.values import Written
 from train.config import Config, TrainConfig
 from train.errors import StopSignal
 from train.parallel.replicated import ReplicatedEngine

@@ -1,10 +1,11 @@
 """The checkpoints of a run: written, found again, kept and deleted. Every process takes part in each of these."""
 
 import base64
+import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from importlib import metadata
 from pathlib import Path
@@ -13,26 +14,24 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from train.checkpoint.changes import allowed_changes, described
+from train.checkpoint.durable import Written, check_file, sync_folder, write_durably
 from train.checkpoint.find import ASIDE, Found, delete, find, listed, read_name, set_aside
 from train.checkpoint.frozen import frozen_digests
 from train.checkpoint.manifest import (
     NAME,
     STATE,
-    check_file,
     file_name,
     folder_name,
     read_manifest,
     render,
     step_of,
-    sync_folder,
 )
-from train.checkpoint.values import Values, Written, write_durably, write_slices
+from train.checkpoint.values import Values, write_slices
 from train.config import Config
 from train.data.loader import Data
 from train.errors import CheckpointError, ConfigError, DataError, MachineError, UserError
 from train.folder import RunFolder, has_trained
 from train.parallel.engine import Engine
-from train.parallel.state import Slice
 
 T = TypeVar("T")
 
@@ -46,6 +45,7 @@ class Pending(NamedTuple):
         target: what that will be called.
         state: what is not in tensors; on the main process.
         written: this process's file, once it is.
+        published: is done once the checkpoint has its name; None while files are written.
     """
 
     step: int
@@ -53,6 +53,7 @@ class Pending(NamedTuple):
     target: Path
     state: dict[str, Any] | None
     written: "Future[Written]"
+    published: "Future[None] | None" = None
 
 
 class Part(Protocol):
@@ -257,11 +258,18 @@ class Checkpoints:
             self.finish()
 
     def poll(self) -> None:
-        """Completes the checkpoint that is being written, if every process is done with its file."""
-        if self._pending is not None:
-            writing = torch.tensor(float(not self._pending.written.done()), device=self._engine.device)
-            if self._engine.max(writing) == 0:
-                self.finish()
+        """Goes on with the checkpoint that is being written, where every process is done with its part of that."""
+        pending = self._pending
+        if pending is None:
+            return
+        now = pending.published or pending.written
+        if self._engine.max(torch.tensor(float(not now.done()), device=self._engine.device)) > 0:
+            return
+        if pending.published is not None:
+            self.finish()
+            return
+        with self._saving(pending):
+            self._pending = pending._replace(published=self._publish_written(pending, beside=True))
 
     def _begin(self, step: int, target: Path, *, beside: bool) -> Pending:
         """Begins to write this process's file: from what it holds, or beside training from a copy of that."""
@@ -272,26 +280,42 @@ class Checkpoints:
         random = engine.gather(_random(engine.device))
         state = self._describe(step, random) if self._folder else None
         slices = [item.copy() for item in engine.state.owned()] if beside else list(engine.state.owned())
-        written = run_beside(lambda: _write(partial, engine.rank, slices), beside=beside)
+        written = run_beside(lambda: write_slices(partial / file_name(engine.rank), slices), beside=beside)
         return Pending(step, partial, target, state, written)
 
     def finish(self) -> None:
         """Completes the checkpoint that is being written, if any: waits, names it, deletes what is no longer kept."""
-        pending, self._pending, engine = self._pending, None, self._engine
-        if pending is None:
-            return
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._saving(pending):
+                published = pending.published or self._publish_written(pending, beside=False)
+                self._engine.everywhere(published.result)
+
+    @contextlib.contextmanager
+    def _saving(self, pending: Pending) -> Iterator[None]:
+        """Says of an error which checkpoint it was that could not be written."""
         try:
-            mine = engine.everywhere(pending.written.result)
-            written = engine.gather((mine.size, mine.sha256))
-            files = {file_name(rank): Written(*file) for rank, file in enumerate(written)}
-            engine.on_main(lambda: self._publish(pending, files))
+            yield
         except UserError as error:
             if self._folder:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise MachineError(
                 f"the checkpoint of step {pending.step} was not written, those before it are untouched: {error}"
             ) from None
-        self._delete_older(pending.target)
+
+    def _publish_written(self, pending: Pending, *, beside: bool) -> "Future[None]":
+        """Completes a checkpoint whose files are written and deletes what it replaces, on the main process."""
+        mine = self._engine.everywhere(pending.written.result)
+        written = self._engine.gather((mine.size, mine.sha256))
+        files = {file_name(rank): Written(*file) for rank, file in enumerate(written)}
+
+        def publish() -> None:
+            if self._folder is not None:
+                with self._folder.held():
+                    self._publish(pending, files)
+                    self._delete_older(pending.target)
+
+        return run_beside(publish, beside=beside)
 
     def _publish(self, pending: Pending, files: dict[str, Written]) -> None:
         """Completes a checkpoint and gives it its name."""
@@ -302,8 +326,8 @@ class Checkpoints:
         assert self._folder is not None
         self._folder.sync_metrics()
         content = json.dumps(pending.state, allow_nan=False).encode()
-        files = files | {STATE: write_durably(partial / STATE, content)}
-        write_durably(partial / NAME, render(pending.step, files).encode())
+        files = files | {STATE: write_durably(partial / STATE, [memoryview(content)])}
+        write_durably(partial / NAME, [memoryview(render(pending.step, files).encode())])
         sync_folder(partial)
         if target.exists():  # damaged, or it would be the one this run went on from
             set_aside(self._root, newer_than=pending.step - 1)
@@ -333,7 +357,7 @@ class Checkpoints:
         """Writes which checkpoint is the latest, or the best."""
         partial = self._root / f".{name}.partial"
         partial.unlink(missing_ok=True)
-        write_durably(partial, f"{folder}\n".encode())
+        write_durably(partial, [memoryview(f"{folder}\n".encode())])
         partial.replace(self._root / name)
         sync_folder(self._root)
 
@@ -342,16 +366,11 @@ class Checkpoints:
 
         Each process has read its own file back; the rest is read here.
         """
-
-        def delete_where_whole() -> None:
-            try:
-                check_file(newest, STATE, read_manifest(newest)[STATE])
-            except CheckpointError as error:
-                print(f"WARNING: {error}; no older checkpoint is deleted", flush=True)
-            else:
-                delete(self._root, self._not_kept())
-
-        self._engine.on_main(delete_where_whole)
+        try:
+            check_file(newest, STATE, read_manifest(newest)[STATE])
+            delete(self._root, self._not_kept())
+        except (CheckpointError, OSError) as error:
+            print(f"WARNING: {error}; no older checkpoint is deleted", flush=True)
 
     def _not_kept(self) -> list[str]:
         """Names the folders to delete: older checkpoints, and those set aside whose step was reached again."""
@@ -362,14 +381,6 @@ class Checkpoints:
         doomed = [path.name for step, path in listed(self._root) if step not in kept and path.name != best]
         aside = [path.name for path in self._root.glob(f"step-*{ASIDE}")]
         return doomed + [name for name in aside if (step_of(name.removesuffix(ASIDE)) or 0) <= steps[0]]
-
-
-def _write(partial: Path, rank: int, slices: list[Slice]) -> Written:
-    """Writes a process's file, and reads it back."""
-    name = file_name(rank)
-    written = write_slices(partial / name, slices)
-    check_file(partial, name, written)
-    return written
 
 
 def run_beside(function: Callable[[], T], *, beside: bool) -> "Future[T]":

@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.values import Written
+from train.checkpoint.durable import Written, check_file
 from train.errors import CheckpointError
 
 FORMAT = 1
 NAME, STATE = "manifest.json", "state.json"
 LARGEST_BYTES = 100_000_000  # of a JSON file
-BLOCK_BYTES = 1 << 22
 _FOLDER = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"state\.json|rank-\d{5,}\.safetensors")
 
@@ -33,15 +31,6 @@ def step_of(name: str) -> int | None:
     """Reads the step of a folder's name; None for any other name."""
     found = _FOLDER.fullmatch(name)
     return int(found[1]) if found and folder_name(int(found[1])) == name else None
-
-
-def sync_folder(path: Path) -> None:
-    """Forces a folder's names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def render(step: int, files: Mapping[str, Written]) -> str:
@@ -84,31 +73,6 @@ def read_manifest(folder: Path) -> dict[str, Written]:
     if content["step"] != step or STATE not in files:
         raise CheckpointError(f"{path} is of step {content['step']}: it belongs to another folder")
     return files
-
-
-def check_file(folder: Path, name: str, expected: Written) -> None:
-    """Compares a file with what the manifest says of it.
-
-    Raises:
-        CheckpointError: when it is missing, a link, or has another size or hash.
-    """
-    path = folder / name
-    if path.is_symlink():
-        raise CheckpointError(f"{path} is a symbolic link: it is not followed")
-    try:
-        digest, size = hashlib.sha256(), 0
-        with path.open("rb", buffering=0) as file:
-            if (found := os.fstat(file.fileno()).st_size) != expected.size:
-                raise CheckpointError(f"{path} has {found} bytes, the manifest says {expected.size}")
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-                size += len(block)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if size != expected.size or digest.hexdigest() != expected.sha256:
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
 
 
 def check_folder(folder: Path, index: int = 0, count: int = 1) -> None:

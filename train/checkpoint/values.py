@@ -1,19 +1,15 @@
 """Slices in safetensors files: each process writes its own, and reads whatever ranges it needs from all of them."""
 
-import contextlib
-import hashlib
-import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mixtral.weights.files import CHUNK_BYTES, DTYPES, Stored, WeightsError, safetensors_header
+from train.checkpoint.durable import Written, write_durably
 from train.errors import CheckpointError
 from train.parallel.state import Slice
 
@@ -21,20 +17,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _KEY = re.compile(r"(\w+)/([\w.]+)\[(\d+):(\d+)\]")
 
 
-class Written(NamedTuple):
-    """A file as it was written.
-
-    Attributes:
-        size: in bytes.
-        sha256: of the bytes that were meant to be written.
-    """
-
-    size: int
-    sha256: str
-
-
 def write_slices(path: Path, slices: Iterable[Slice]) -> Written:
-    """Writes slices into a new safetensors file, under `KIND/NAME[START:STOP]`, and forces it to the disk.
+    """Writes slices into a new safetensors file, under `KIND/NAME[START:STOP]`, and reads it back.
 
     No more than a chunk of them is copied at a time.
 
@@ -44,6 +28,7 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> Written:
 
     Raises:
         OSError: when the disk does not take them.
+        CheckpointError: when they are not what is read back.
     """
     header, end, items = {}, 0, list(slices)
     for item in items:
@@ -53,45 +38,15 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> Written:
         header[key] = {"dtype": dtype, "shape": [item.values.numel()], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with naming(path), path.open("xb", buffering=0) as file:
-        for data in (len(text).to_bytes(8, "little"), text):
-            size += _put(file, memoryview(data), digest)
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(len(text).to_bytes(8, "little"))
+        yield memoryview(text)
         for item in items:
             for chunk in item.values.split(CHUNK_BYTES // item.values.element_size()):
-                size += _put(file, memoryview(chunk.cpu().view(torch.uint8).numpy().data), digest)
-        os.fsync(file.fileno())
-    return Written(size, digest.hexdigest())
+                yield memoryview(chunk.cpu().view(torch.uint8).numpy().data)
 
-
-def write_durably(path: Path, content: bytes) -> Written:
-    """Writes a new file and forces it to the disk.
-
-    Raises:
-        OSError: when the disk does not take it.
-    """
-    digest = hashlib.sha256()
-    with naming(path), path.open("xb", buffering=0) as file:
-        size = _put(file, memoryview(content), digest)
-        os.fsync(file.fileno())
-    return Written(size, digest.hexdigest())
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Gives the errors of writing, which know no file, the name of one."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _put(file: io.FileIO, data: memoryview, digest: "hashlib._Hash") -> int:
-    digest.update(data)
-    left = data
-    while left:
-        left = left[file.write(left) :]
-    return len(data)
+    return write_durably(path, parts(), read_back=True)
 
 
 class Values:
