@@ -4,11 +4,11 @@ import json
 import re
 import signal
 import time
+from itertools import product
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
+from tests.multiprocess.layouts import LAYOUTS, TOLERANCES, TRANSITIONS, cross, launch_jobs, pairs
 from tests.train.helpers import metrics, read_json, write_corpus
 from tests.warm import launch_ranks
 
@@ -41,29 +41,6 @@ BESIDE = next(index for index, name in enumerate(TWO_PROCESSES) if "written besi
 def corpus(tmp_path_factory):
     """Eight steps of it are two epochs."""
     return write_corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl", documents=24)
-
-
-def launch_jobs(folder, processes, jobs, timeout=280):
-    """Runs jobs one after the other and returns their exit codes; 99 is a death that was asked for."""
-    path = folder / f"{processes}.json"
-    path.write_text(json.dumps(jobs))
-    done = launch_ranks(processes, "tests.multiprocess.many_runs", str(path), timeout=timeout)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return read_json(path.with_suffix(".codes")), done.stdout
-
-
-def whole(checkpoint):
-    """Puts the slices of a checkpoint together: `KIND/NAME` to a flat array. Each element must come exactly once."""
-    sizes = {name: int(np.prod(shape)) for name, shape in read_json(checkpoint / "state.json")["parameters"].items()}
-    found, seen = {}, {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        for key, values in load_file(path).items():
-            name, start, stop = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", key).groups()
-            size = sizes[name.partition("/")[2]]
-            found.setdefault(name, np.full(size, np.nan, values.dtype))[int(start) : int(stop)] = values
-            seen.setdefault(name, np.zeros(size, int))[int(start) : int(stop)] += 1
-    assert all((count == 1).all() for count in seen.values())
-    return found
 
 
 def figures(folder):
@@ -101,60 +78,22 @@ def test_two_processes_go_on_bit_by_bit_after_two_deaths_in_every_layout(tmp_pat
         assert steps == ["3", "6"] or (died == names[BESIDE][1] and steps == ["3", "3"])  # what was not yet written
 
 
-STEP_3 = "checkpoints/step-00000003"
-LAYOUTS = {  # processes, and words; a step has 8 rows in each
-    "1": (1, ["train.micro_batch_size=4", "train.gradient_accumulation_steps=2"]),
-    "1, ZeRO-3": (1, ["parallel.zero=3", "train.micro_batch_size=8"]),
-    "2": (2, ["train.micro_batch_size=4"]),
-    "2, ZeRO-1": (2, ["parallel.zero=1", "train.micro_batch_size=2", "train.gradient_accumulation_steps=2"]),
-    "2, ZeRO-2, EP 2": (2, ["parallel.zero=2", "parallel.expert=2", "train.micro_batch_size=4"]),
-    "2, ZeRO-3": (2, ["parallel.zero=3", "parallel.persistent_elements=500", "train.micro_batch_size=4"]),
-    "4, ZeRO-1, EP 2": (4, ["parallel.zero=1", "parallel.expert=2", "train.micro_batch_size=2"]),
-    "4, ZeRO-3, EP 2": (4, ["parallel.zero=3", "parallel.expert=2", "train.micro_batch_size=2"]),
-    "4, ZeRO-2, EP 4": (4, ["parallel.zero=2", "parallel.expert=4", "train.micro_batch_size=2"]),
-}
-JUMPS = {"fp32": (2, 3), "bf16": (5,)}  # from each layout to those so many places further on
+def test_the_transitions_cover_every_pair_of_processes_experts_zero_and_precision():
+    """Before and after: of any two of these seven, each two values that go together are in at least one transition."""
+    tried = [(precision, pair) for precision, pairs_of in TRANSITIONS.items() for pair in pairs_of]
+    wanted = {found for one in product(TOLERANCES, product(LAYOUTS, LAYOUTS)) for found in pairs(*one)}
+    assert len(LAYOUTS) == 18
+    assert len(wanted) == 165
+    assert wanted <= {found for one in tried for found in pairs(*one)}
+    assert len(tried) == len(set(tried)) <= 30
 
 
-@pytest.mark.parametrize("precision", JUMPS)
+@pytest.mark.parametrize("precision", TRANSITIONS)
 def test_any_layout_takes_up_any_others_state_bit_by_bit_and_trains_on_alike(tmp_path, corpus, precision):
     """Every element is there once; then losses, and rows seen, are the first layout's own, to rounding."""
-    common = [f"data.path={corpus}", "checkpoint.every=3", "train.max_steps=6", f"train.precision={precision}"]
-    common += ["checkpoint.keep_last=3", "optim.eps=1e-6", "train.router_loss_scope=previous_step"]
-    names = list(LAYOUTS)
-    transitions = [
-        (name, names[(index + jump) % len(names)]) for index, name in enumerate(names) for jump in JUMPS[precision]
-    ]
-    folders = {pair: tmp_path / " to ".join(pair) for pair in transitions} | {name: tmp_path / name for name in names}
-
-    def launch_where(of_layout):
-        for processes in (1, 2, 4):
-            jobs = [job for layout, job in of_layout if LAYOUTS[layout][0] == processes]
-            codes, _ = launch_jobs(tmp_path, processes, jobs)
-            assert codes == [0] * len(jobs)
-
-    def job(layout, folder, *words, **how):
-        return {"words": [*common, *LAYOUTS[layout][1], f"run.dir={folder}", *words], **how}
-
-    launch_where([(name, job(name, folders[name])) for name in names])
-    launch_where(
-        [
-            (pair[1], job(pair[1], folders[pair], f"checkpoint.resume={folders[pair[0]] / STEP_3}", resaves=True))
-            for pair in transitions
-        ]
-    )
-    tolerance = 2e-5 if precision == "fp32" else 3e-2
-    for pair in transitions:
-        wanted, found = whole(folders[pair[0]] / STEP_3), whole(folders[pair] / STEP_3)
-        assert wanted.keys() == found.keys()
-        for name in wanted:
-            assert wanted[name].tobytes() == found[name].tobytes(), (pair, name)
-        rows = metrics(folders[pair])
-        assert [row["step"] for row in rows] == [4, 5, 6]
-        for row, expected in zip(rows, metrics(folders[pair[0]])[4:], strict=True):
-            assert row["tokens"] == expected["tokens"]
-            for figure in ("loss", "grad_norm", "router_loss"):
-                assert row[figure] == pytest.approx(expected[figure], rel=tolerance), (pair, row["step"])
+    problems = list(cross(tmp_path, corpus, precision, TRANSITIONS[precision]))
+    assert len(problems) == len(TRANSITIONS[precision])
+    assert [line for found in problems for line in found] == []
 
 
 def test_all_processes_stop_after_the_step_in_which_one_was_told_to_and_lose_nothing(tmp_path, corpus):
