@@ -337,13 +337,13 @@ def test_figures_that_the_disk_does_not_take_end_the_run_with_six(corpus, finish
     assert figures(tmp_path / "run") == figures(finished)
 
 
-def test_a_second_request_to_stop_is_obeyed_at_once_unless_it_is_the_launchers_echo(engine, monkeypatch):
+def test_a_second_request_to_stop_changes_nothing_until_the_launchers_grace_is_over(engine, monkeypatch):
     with signals_as_errors(), Preemption(engine, enabled=True) as preemption:
         assert not preemption.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.agreed()
-        monkeypatch.setattr("train.checkpoint.preemption.ECHO_SECONDS", -1.0)
+        monkeypatch.setattr("train.checkpoint.preemption.GRACE_SECONDS", -1.0)
         with pytest.raises(StopSignal, match="stopped by SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -10,11 +10,11 @@ import torch
 from train.errors import StopSignal, UserError
 from train.parallel.engine import Engine
 
-ECHO_SECONDS = 3.0  # a launcher that was told to stop tells its processes once more
+GRACE_SECONDS = 30.0  # a launcher's, before it kills; one that is told twice tells its processes twice
 
 
 class Preemption:
-    """Takes the first SIGTERM as a request to save and stop after this step, and a later one as it was taken before.
+    """Takes SIGTERM as a request to save and stop after this step; once the launcher's grace is over, as before.
 
     Args:
         engine: whose processes are to agree.
@@ -65,5 +65,5 @@ class Preemption:
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
-        elif now - self._asked_at > ECHO_SECONDS:
+        elif now - self._asked_at > GRACE_SECONDS:
             self._before(number, frame)
