@@ -121,7 +121,8 @@ def _check_words(words: Sequence[str]) -> list[str]:
     checked = []
     for word in words:
         if word.startswith("-") or "=" not in word:
-            raise ConfigError(f"{word!r} is not KEY=VALUE; see --help")
+            name, mark, _ = word.partition("=")  # the value may be a secret, meant for another program
+            raise ConfigError(f"{name + mark!r} is not KEY=VALUE; see --help")
         if word.startswith("~"):
             raise ConfigError(f"{word!r}: keys cannot be removed; set a value instead")
         word = word.lstrip("+")

@@ -66,7 +66,8 @@ class ModelConfig:
 
     init_from: str | None = key(
         None,
-        "a folder in the hub's layout, or a hub id, whose weights, architecture and tokenizer the run starts from; "
+        "a folder in the hub's layout, or a hub id (ID@REVISION: of a commit, tag or branch), whose weights, "
+        "architecture and tokenizer the run starts from; "
         "of model.* only sliding_window, attention_dropout and router_* may then differ",
     )
     vocab_size: int = key(32_000, "rows of the embedding and of the head", minimum=8)
@@ -151,7 +152,7 @@ class DataConfig:
     path: str | None = key(
         "???",
         "a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, a folder saved by datasets, a dataset on the "
-        "hub, or python_stdlib: the source and documentation of the running interpreter",
+        "hub (ID or ID@REVISION), or python_stdlib: the source and documentation of the running interpreter",
     )
     sources: list[SourceConfig] = key(
         [],
@@ -191,7 +192,8 @@ class DataConfig:
     )
     tokenizer: str = key(
         "mixtral",
-        "mixtral: the real one; train_bpe: one of model.vocab_size tokens from the corpus; or a folder or hub id",
+        "mixtral: the real one; train_bpe: one of model.vocab_size tokens from the corpus; or a folder, hub id or "
+        "ID@REVISION",
     )
     sequence_length: int = key(4096, "tokens per row", minimum=2)
     packing: bool = key(True, "whether samples share rows, apart from each other; plain text always does")
@@ -349,8 +351,8 @@ class LoraConfig:
     )
     init_from: str | None = key(
         None,
-        "a folder with an adapter in either format, or its hub id, to go on from; of lora.* only dropout, format and "
-        "quantize may then differ",
+        "a folder with an adapter in either format, its hub id or ID@REVISION, to go on from; of lora.* only dropout, "
+        "format and quantize may then differ",
     )
 
 

@@ -297,7 +297,7 @@ def carry_tokenizer(source: Path, target: Path, words: argparse.Namespace, rows:
         from train.data.tokenizer import add_instruct_template
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(target)
+            tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"--instruct: the tokenizer in {source} cannot be opened: {error}") from None
         add_instruct_template(tokenizer)

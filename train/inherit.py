@@ -172,6 +172,11 @@ def _read(source: str) -> dict[str, Any]:
             f"model.init_from={source}: {path} describes a {found!r} model, expected 'mixtral'; "
             "cierzo convert brings other weights into its form"
         )
+    if described.get("auto_map"):
+        raise CheckpointError(
+            f"model.init_from={source}: {path} wants code of its own to be run (auto_map), which never is: remove "
+            "auto_map where the weights are a plain Mixtral's"
+        )
     return described
 
 

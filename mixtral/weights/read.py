@@ -116,7 +116,7 @@ def read_config(folder: Path) -> MixtralConfig:
     """Reads the `config.json` of a Mixtral folder.
 
     Raises:
-        WeightsError: when it is missing, not a Mixtral's, or contradicts itself.
+        WeightsError: when it is missing, not a Mixtral's, wants code to be run, or contradicts itself.
     """
     path = folder / "config.json"
     if not path.exists() and (folder / "params.json").exists():
@@ -126,6 +126,11 @@ def read_config(folder: Path) -> MixtralConfig:
         raise WeightsError(
             f"{path}: model_type={content.get('model_type')!r}, expected 'mixtral'; "
             "a dense mistral or llama can be upcycled to one"
+        )
+    if content.get("auto_map"):
+        raise WeightsError(
+            f"{path} wants code of its own to be run (auto_map), which never is: remove auto_map where the weights are "
+            "a plain Mixtral's"
         )
     return build_config(path, content)
 

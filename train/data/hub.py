@@ -1,11 +1,11 @@
-"""Whether the hub can be reached, asked once and answered in seconds."""
+"""The hub: whether it can be reached, asked once and answered in seconds, and which revision of it is meant."""
 
 from pathlib import Path
 
 import httpx
 from huggingface_hub import constants, snapshot_download
 
-from train.errors import MachineError
+from train.errors import ConfigError, MachineError
 
 TIMEOUT_SECONDS = 5.0
 
@@ -32,20 +32,33 @@ def require_hub(wanted: str) -> None:
         ) from None
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Divides ID@REVISION into a hub id and a commit, tag or branch; None where none is named.
+
+    Raises:
+        ConfigError: for an empty revision.
+    """
+    repository, mark, revision = name.partition("@")
+    if mark and not revision:
+        raise ConfigError(f"{name} names no revision: {repository}@ is to be followed by a commit, tag or branch")
+    return repository, revision or None
+
+
 def download(name: str, patterns: list[str], wanted_by: str) -> Path:
     """Fetches files of a model from the hub, or finds them in its cache.
 
     Args:
-        name: hub id.
+        name: hub id, or ID@REVISION.
         patterns: of the files.
         wanted_by: the key, for the message.
 
     Raises:
         MachineError: when they are not to be had.
     """
+    repository, revision = split_revision(name)
     require_hub(f"{wanted_by}={name}")
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MachineError(f"{wanted_by}={name}: no such folder, and not to be had from the hub ({reason})") from None

@@ -40,7 +40,7 @@ from train.config import DataConfig, SourceConfig
 from train.data import files, formats
 from train.data.files import read_rows
 from train.data.formats import BLANK, Schema, as_document
-from train.data.hub import require_hub
+from train.data.hub import require_hub, split_revision
 from train.errors import DataError, MachineError
 
 FEATURES = Features(
@@ -227,7 +227,8 @@ def _open(source: SourceConfig, part: int, config: DataConfig) -> Dataset | Iter
         stamps = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in found]
         arguments = {"files": [str(file) for file in found], "stamps": stamps, "source": asdict(source)}
         return _generate(_read_files, arguments | {"part": part, "strict": strict}, config.streaming)
-    if path.is_absolute() or path.suffix in files.READERS or source.path.count("/") > 1 or source.path.startswith("."):
+    repository = source.path.partition("@")[0]
+    if path.is_absolute() or path.suffix in files.READERS or repository.count("/") > 1 or repository.startswith("."):
         raise DataError(f"data.path={source.path}: no such file or folder")
     return _from_dataset(_open_hub(source, config.streaming), source, part, strict, config.workers)
 
@@ -333,9 +334,10 @@ def _open_saved(path: Path, source: SourceConfig, streaming: bool) -> Dataset | 
 
 
 def _open_hub(source: SourceConfig, streaming: bool) -> Dataset | IterableDataset:
+    repository, revision = split_revision(source.path)
     require_hub(f"data.path={source.path}")
     try:
-        return load_dataset(source.path, source.subset, split=source.split, streaming=streaming)
+        return load_dataset(repository, source.subset, split=source.split, revision=revision, streaming=streaming)
     except DatasetNotFoundError as error:
         raise DataError(
             f"data.path={source.path}: no such file or folder, and no such dataset on the hub ({error})"

@@ -9,10 +9,11 @@ from jinja2 import TemplateError
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from train.data.formats import texts_of
-from train.data.hub import require_hub
+from train.data.hub import require_hub, split_revision
 from train.errors import ConfigError, MachineError
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, as in Mixtral's own vocabulary
@@ -40,7 +41,7 @@ def open_tokenizer(
     """Opens or trains the tokenizer that `data.tokenizer` names.
 
     Args:
-        name: `mixtral`, `train_bpe`, a folder or a hub id.
+        name: `mixtral`, `train_bpe`, a folder, a hub id or ID@REVISION.
         vocab_size: V of the model.
         corpus: the training documents, for `train_bpe`.
         chat_template: to give it; see `give_template`.
@@ -49,7 +50,7 @@ def open_tokenizer(
         A tokenizer with begin and end tokens, no larger than the embedding.
 
     Raises:
-        ConfigError: when it is larger than the embedding or lacks an end token.
+        ConfigError: when it is larger than the embedding, lacks an end token or wants code of its own to be run.
         MachineError: when it is neither a folder nor to be had from the hub.
     """
     if name == "mixtral":
@@ -59,15 +60,7 @@ def open_tokenizer(
             raise ValueError("train_bpe needs a corpus")
         tokenizer = train_bpe(corpus, vocab_size)
     else:
-        if not Path(name).is_dir():
-            require_hub(f"data.tokenizer={name}")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise MachineError(
-                f"data.tokenizer={name}: no such folder, and not to be had from the hub ({reason})"
-            ) from None
+        tokenizer = _given_tokenizer(name)
     rows = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if rows > vocab_size:
         raise ConfigError(
@@ -78,6 +71,27 @@ def open_tokenizer(
         raise ConfigError(f"data.tokenizer={name} has no end token, which marks the border between documents")
     give_template(tokenizer, chat_template)
     return tokenizer
+
+
+def _given_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Opens a tokenizer in a folder or on the hub, without ever running code that comes with it."""
+    repository, revision = name, None
+    if not Path(name).is_dir():
+        repository, revision = split_revision(name)
+        require_hub(f"data.tokenizer={name}")
+    options = {"revision": revision or "main"}
+    try:
+        if get_tokenizer_config(repository, **options).get("auto_map"):  # transformers may take another class silently
+            raise ConfigError(
+                f"data.tokenizer={name} wants code of its own to be run (auto_map), which never is: name a tokenizer "
+                "that transformers has"
+            )
+        return AutoTokenizer.from_pretrained(repository, **options, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise MachineError(
+            f"data.tokenizer={name}: no such folder, and not to be had from the hub ({reason})"
+        ) from None
 
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
