@@ -105,6 +105,7 @@ def our_step(precision: str, *words: str) -> Callable[[Any], float]:
     import torch
 
     from train.data.packing import make_row, stack
+    from train.guard import Guard
     from train.loop import train_step
     from train.model import empty_model, model_config, starting_weights
     from train.objective import Coefficients, uniform_load
@@ -118,7 +119,8 @@ def our_step(precision: str, *words: str) -> Callable[[Any], float]:
 
     def step(ids: torch.Tensor) -> float:
         rows = [make_row([(row[:-1], row[1:])], LENGTH) for row in np.asarray(ids)]
-        return float(train_step(engine, [stack(rows)], LR, Coefficients.of(config), load_LE).parts.cross_entropy)
+        result = train_step(engine, [stack(rows)], LR, Coefficients.of(config), load_LE, Guard(config.train))
+        return float(result.parts.cross_entropy)
 
     return step
 

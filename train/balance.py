@@ -47,16 +47,18 @@ class Balance:
             for router, bias_E in zip(self._routers, bias_LE, strict=True):
                 router.bias_E = bias_E
 
-    def follow(self, load_LE: Tensor, *, steps_left: int) -> None:
+    def follow(self, load_LE: Tensor | None, *, steps_left: int) -> None:
         """Takes in the load of a step, over all processes.
 
         Args:
-            load_LE: routed rows per token.
+            load_LE: routed rows per token; None of a step that was skipped, which changes neither load nor bias, but
+                for what of it the steps that are left could not take back.
             steps_left: that are still to come.
         """
-        self.load_LE = load_LE
-        if self._rate == 0:
-            return
-        limit = self._rate * max(0, steps_left - 1)
-        missing_LE = self._even_LE - load_LE
-        self._set_bias((self.bias_LE + self._rate * missing_LE.sign()).clamp(-limit, limit))
+        moved_LE = self.bias_LE
+        if load_LE is not None:
+            self.load_LE = load_LE
+            moved_LE = moved_LE + self._rate * (self._even_LE - load_LE).sign()
+        if self._rate > 0:
+            limit = self._rate * max(0, steps_left - 1)
+            self._set_bias(moved_LE.clamp(-limit, limit))

@@ -257,6 +257,12 @@ class TrainConfig:
         choices=("none", "layers"),
     )
     log_every: int = key(10, "steps between logged lines", minimum=1)
+    max_skipped_steps: int = key(
+        3,
+        "a step whose loss or gradient is not finite is skipped by all processes; so many in a row end the run with "
+        "code 5; 0 ends it at the first",
+        minimum=0,
+    )
 
 
 @dataclass(kw_only=True, slots=True)

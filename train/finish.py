@@ -105,12 +105,12 @@ def summarise(observer: Observer, data: Data) -> dict[str, Any]:
     """Gathers the figures a run is remembered by."""
     last = observer.last
     evaluated = [name for name in last if name.startswith("eval_")]
-    names = ("loss", *evaluated, "router_loss", "tokens_per_second", "peak_memory_bytes")
+    names = ("loss", *evaluated, "router_loss", "tokens_per_second", "peak_memory_bytes", "skipped_steps")
     return {
         "steps": last["step"],
         "tokens": last["tokens"],
         "first_eval_loss": observer.evaluations[0],
-        **{name: last[name] for name in names},
+        **{name: last[name] for name in names if name in last},  # not a loss, where every step was skipped
         "left_out": dict(data.counts.left_out),
         "cut": data.counts.cut,
     }

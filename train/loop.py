@@ -11,14 +11,16 @@ from torch import Tensor
 
 from mixtral.losses import load_balancing_loss
 from train.balance import Balance
-from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints, Part
 from train.checkpoint.preemption import Preemption
 from train.config import Config
 from train.data.labelled import AnyBatch
 from train.data.loader import Data, Prefetch
 from train.data.share import Share
-from train.errors import Preempted
+from train.errors import NumericsError, Preempted
 from train.evaluate.evaluations import Evaluations
+from train.failures import Failures
+from train.guard import Guard, Skip
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
 from train.observe.observer import Observer
 from train.optim import learning_rate
@@ -28,20 +30,31 @@ from train.parallel.exchange import Traffic
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, summed over processes."""
+    """What one optimizer step did, summed over processes.
+
+    Attributes:
+        parts: of the step's values.
+        tokens: that are no padding.
+        traffic: of rows between processes.
+        grad_norm: before clipping; None of a step that was skipped.
+        skip: why it was.
+    """
 
     parts: Parts
     tokens: int
-    grad_norm: float
     traffic: Traffic
+    grad_norm: float | None
+    skip: Skip | None
 
     @property
-    def load(self) -> Tensor:
-        """Routed rows per token of each expert: (L, E)."""
-        return (self.parts.statistics.counts_LE / max(1, self.tokens)).float()
+    def load(self) -> Tensor | None:
+        """Routed rows per token of each expert: (L, E); None of a step that was skipped."""
+        return None if self.skip else (self.parts.statistics.counts_LE / max(1, self.tokens)).float()
 
     def figures(self) -> dict[str, object]:
-        """The step's figures under their names in metrics.jsonl."""
+        """The step's figures under their names in metrics.jsonl; none of a step that was skipped."""
+        if self.skip:
+            return {}
         statistics = self.parts.statistics
         counts_LE = statistics.counts_LE
         routed, taken, crossing = self.traffic
@@ -73,24 +86,22 @@ def train(
 
     Raises:
         Preempted: on every process, once a SIGTERM was met by a checkpoint.
+        NumericsError: on every process, once too many steps in a row were skipped.
     """
     share = Share(
         engine.rank, engine.world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps
     )
     coefficients = Coefficients.of(config)
     balance = Balance(engine.module, config.train.router_bias_rate, engine.device)
-    checkpoints.carry("router", balance)
-    checkpoints.carry("figures", observer)
-    checkpoints.carry("best", evaluations.best)
+    guard = Guard(config.train)
+    failures = Failures(engine, config, data, share, observer, guard)
+    parts: dict[str, Part] = {"router": balance, "figures": observer, "best": evaluations.best, "guard": guard}
+    for name, part in parts.items():
+        checkpoints.carry(name, part)
     checkpoints.seed(config.run.seed + 1)  # dropout differs between processes
     prefetch = Prefetch(data.steps(share, checkpoints.step))
     with contextlib.closing(prefetch) as steps, Preemption(engine, enabled=checkpoints.enabled) as preemption:
-        if checkpoints.step == 0:
-            observer.log(0, evaluations.figures())
-        elif observer.postponed:
-            observer.log_postponed(evaluated := evaluations.figures())
-            evaluations.hear(checkpoints.step, evaluated)
-        ending = evaluations.are_over()
+        ending = evaluate_first(checkpoints.step, observer, evaluations)
         for step in range(checkpoints.step + 1, max_steps + 1):
             if ending:
                 break
@@ -98,13 +109,14 @@ def train(
             micro_batches = next(steps)
             waited = time.perf_counter() - started
             lr = learning_rate(step, max_steps, config.optim.lr, config.schedule)
-            result = train_step(engine, micro_batches, lr, coefficients, balance.load_LE)
+            result = train_step(engine, micro_batches, lr, coefficients, balance.load_LE, guard)
             balance.follow(result.load, steps_left=max_steps - step)
             observer.count(result.tokens, seconds=time.perf_counter() - started, waited=waited)
+            failures.report(step, result.skip, micro_batches, lr)
             stopping = preemption.agreed()
             evaluating = step == max_steps or (config.evaluate.every and step % config.evaluate.every == 0)
-            if evaluating or step % config.train.log_every == 0 or step == 1:
-                figures = {**result.figures(), "lr": lr, **observer.speed(engine)}
+            if evaluating or result.skip or step % config.train.log_every == 0 or step == 1:
+                figures = {**result.figures(), "lr": lr, "skipped_steps": guard.skipped, **observer.speed(engine)}
                 if evaluating and stopping:
                     observer.postpone(step, figures)
                 else:
@@ -120,10 +132,25 @@ def train(
                 raise Preempted(f"stopped by SIGTERM after step {step}, which is saved", signal.SIGTERM)
 
 
+def evaluate_first(step: int, observer: Observer, evaluations: Evaluations) -> bool:
+    """Evaluates what the run begins with, or the step it left to be evaluated; says whether it is over already."""
+    if step == 0:
+        observer.log(0, evaluations.figures())
+    elif observer.postponed:
+        observer.log_postponed(evaluated := evaluations.figures())
+        evaluations.hear(step, evaluated)
+    return evaluations.are_over()
+
+
 def train_step(
-    engine: Engine, micro_batches: Sequence[AnyBatch], lr: float, coefficients: Coefficients, load_LE: Tensor
+    engine: Engine,
+    micro_batches: Sequence[AnyBatch],
+    lr: float,
+    coefficients: Coefficients,
+    load_LE: Tensor,
+    guard: Guard,
 ) -> StepResult:
-    """Takes one optimizer step over this process's micro-batches.
+    """Takes one optimizer step over this process's micro-batches, or skips it on every process.
 
     Args:
         engine: holds model and optimizer.
@@ -131,13 +158,31 @@ def train_step(
         lr: learning rate of this step.
         coefficients: of the objective.
         load_LE: of the step before.
-
-    Raises:
-        NumericsError: when the gradient is not finite; no weight has changed then.
+        guard: which judges whether it is taken.
     """
     parts, size = accumulate(engine, micro_batches, coefficients, load_LE)
-    traffic = Traffic(*engine.sum(torch.tensor(engine.traffic(), dtype=torch.float64, device=engine.device)).tolist())
-    return StepResult(Parts.total(parts, engine.sum), int(size.tokens), engine.step(lr), traffic)
+    traffic, faults = exchange(engine, torch.stack([part.loss(coefficients) for part in parts]))
+    total = Parts.total(parts, engine.sum)
+    skip, grad_norm = guard.judge(faults), None
+    if skip is None:
+        try:
+            grad_norm = engine.step(lr)
+        except NumericsError:  # only the engine's own reductions told
+            skip = Skip("the gradient norm is not finite", tuple(range(engine.world_size)))
+    else:
+        engine.discard()
+    guard.count(skip)
+    return StepResult(total, int(size.tokens), traffic, grad_norm, skip)
+
+
+def exchange(engine: Engine, losses: Tensor) -> tuple[Traffic, list[list[float]]]:
+    """Adds up the traffic of a step, and tells every process what is not finite on which; see `Guard.judge`."""
+    traffic = torch.tensor(engine.traffic(), dtype=torch.float64, device=engine.device)
+    faults = torch.zeros(engine.world_size, 3, dtype=torch.float64, device=engine.device)
+    faults[engine.rank, 0] = ~losses.isfinite().all()
+    faults[engine.rank, 1:] = engine.faults()
+    figures = engine.sum(torch.cat([traffic, faults.flatten()])).tolist()
+    return Traffic(*figures[:3]), [figures[start : start + 3] for start in range(3, len(figures), 3)]
 
 
 def accumulate(

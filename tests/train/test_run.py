@@ -24,7 +24,7 @@ from train.parallel.replicated import ReplicatedEngine
 FIGURES = {
     "step", "tokens", "loss", "router_loss", "router_objective", "router_z_loss", "grad_norm", "lr",
     "tokens_per_second", "data_wait_fraction", "peak_memory_bytes", "expert_load", "router_entropy",
-    "dropped_fraction", "cross_rank_fraction",
+    "dropped_fraction", "cross_rank_fraction", "skipped_steps",
 }  # fmt: skip
 
 

@@ -217,10 +217,16 @@ class LabelledRows(SampleRows):
 
     def step(self, step: int, share: Share) -> list[LabelledBatch]:
         """Returns a process's micro-batches of a step, counted from 0; past the end their rows are padding."""
+        return self._divided(self._of_step(step, share.rows_per_step), share)
+
+    def samples(self, step: int, share: Share) -> list[list[int]]:
+        """Lists the samples of those micro-batches."""
+        samples = self._of_step(step, share.rows_per_step)
+        return [samples[rows.start : rows.stop].tolist() for rows in share.rows(0)]
+
+    def _of_step(self, step: int, size: int) -> np.ndarray:
         window, within = divmod(step, WINDOW)
-        size = share.rows_per_step
-        samples = self._window(window, size)[within * size : (within + 1) * size]
-        return self._divided(samples, share)
+        return self._window(window, size)[within * size : (within + 1) * size]
 
     def evaluation(self, share: Share) -> Iterator[LabelledBatch]:
         """Yields a process's batches: each sample once, the shortest first, and as many batches on every process."""

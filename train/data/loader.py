@@ -97,6 +97,7 @@ class Data:
         problems: place and problem of the documents left out; with streaming, of the held-out ones.
         labels: what there is to tell apart, for a classifier.
         sources: rows of the held-out documents of each source, where there are several.
+        places: where each training document at hand comes from, as `source`; see `load_documents`.
     """
 
     rows: PackedRows | SampleRows | None
@@ -108,6 +109,7 @@ class Data:
     problems: list[tuple[str, str]] = field(default_factory=list)
     labels: Labels | None = None
     sources: dict[str, PackedRows | SampleRows] = field(default_factory=dict)
+    places: Dataset | None = None
 
     def __str__(self) -> str:
         held_out = f"{len(self.held_out_documents)} held out"
@@ -150,6 +152,22 @@ class Data:
             return _steps_at_hand(self.rows, share, first)
         assert self.stream is not None
         return _steps_of_stream(self.stream(), share, first)
+
+    def documents(self, share: Share, step: int) -> list[list[str]] | None:
+        """Says where the documents come from that a process's micro-batches of a step hold; None of a stream.
+
+        Args:
+            share: of the process.
+            step: counted from 0.
+        """
+        rows = self.rows
+        if rows is None or self.places is None:
+            return None
+        if isinstance(rows, LabelledRows):
+            found = rows.samples(step, share)
+        else:
+            found = [[one for row in indices for one in rows.documents_in(row)] for indices in share.rows(step)]
+        return [list(self.places.select(list(dict.fromkeys(documents)))["source"]) for documents in found]
 
     def fingerprint(self) -> dict[str, Any] | None:
         """Describes the training documents at hand, as far as telling them from others needs; None of a stream."""
@@ -276,9 +294,10 @@ def _pack_texts(
     kept = PackedRows(tokenize(held_out, tokenizer, data.workers), length, epochs=1)
     if isinstance(training, Dataset):
         problems += problems_of(training)
-        tokens = tokenize(usable(training), tokenizer, data.workers)
+        training = usable(training)
+        tokens = tokenize(training, tokenizer, data.workers)
         rows = PackedRows(tokens, length, seed=seed, shuffle=data.shuffle, epochs=config.train.epochs)
-        return Data(rows, None, kept, held_out, length, Counts.of(rows, problems), problems)
+        return Data(rows, None, kept, held_out, length, Counts.of(rows, problems), problems, places=training)
     counts = Counts()
 
     def stream() -> Iterator[Row]:
@@ -318,7 +337,8 @@ def _pack_samples(
             weights=weights_of(data),
         )
         cut = int(column(encoded, "is_cut").to_numpy().sum())
-        return Data(rows, None, held_out_rows, held_out, length, Counts.of(rows, problems, cut), problems)
+        counts = Counts.of(rows, problems, cut)
+        return Data(rows, None, held_out_rows, held_out, length, counts, problems, places=encoded)
     counts = Counts()
 
     def stream() -> Iterator[Row]:
@@ -354,7 +374,7 @@ def _pack_labelled(training: Dataset, held_out: Dataset, tokenizer: PreTrainedTo
     counts = Counts.of(rows, problems, cut)
     counts.fullness, counts.labels = rows.fullness(config.train.micro_batch_size), rows.histogram()
     kept_rows = LabelledRows(kept, length, labels, padding)
-    return Data(rows, None, kept_rows, held_out, length, counts, problems, labels)
+    return Data(rows, None, kept_rows, held_out, length, counts, problems, labels, places=encoded)
 
 
 def _epochs(documents: IterableDataset, data: DataConfig, seed: int, counts: Counts) -> Iterator[dict[str, Any]]:

@@ -136,21 +136,30 @@ class PackedRows:
 
     def __getitem__(self, index: int) -> Row:
         """Returns row `index`, counted through all epochs."""
+        pieces: list[Piece] = []
+        for document, begin, take in self._parts(index):
+            ids = self.documents.read(document, begin, begin + take + 1)
+            pieces.append((ids[:take], ids[1:]))
+        return make_row(pieces, self.sequence_length)
+
+    def documents_in(self, index: int) -> list[int]:
+        """Lists the documents that row `index` holds a part of."""
+        return [document for document, _, _ in self._parts(index)]
+
+    def _parts(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """Yields the parts of row `index`: the document, where in it the part begins, and how long it is."""
         if self._end is not None and index >= self._end:
-            return make_row([], self.sequence_length)
+            return
         epoch, row = divmod(index, self.rows_per_epoch)
         documents, starts, rows = self._order(epoch)
         at = int(rows[row]) * self.sequence_length
         stop = min(at + self.sequence_length, self.tokens_per_epoch)
         place = int(np.searchsorted(starts, at, side="right")) - 1
-        pieces: list[Piece] = []
         while at < stop:
             document, begin = int(documents[place]), at - int(starts[place])
             take = min(int(self.lengths[document]) - begin, stop - at)
-            ids = self.documents.read(document, begin, begin + take + 1)
-            pieces.append((ids[:take], ids[1:]))
+            yield document, begin, take
             at, place = at + take, place + 1
-        return make_row(pieces, self.sequence_length)
 
     def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns an epoch's order of documents, where each begins in its stream, and its order of rows."""

@@ -130,14 +130,23 @@ class SampleRows:
 
     def __getitem__(self, index: int) -> Row:
         """Returns row `index`, counted through all epochs."""
+        return make_row([self._piece(unit) for unit in self._units(index)], self.sequence_length)
+
+    def documents_in(self, index: int) -> list[int]:
+        """Lists the samples that row `index` holds, or parts of."""
+        samples: list[int] = self._unit_sample[self._units(index)].tolist()
+        return samples
+
+    def _units(self, index: int) -> np.ndarray:
+        """Returns the units of row `index`."""
         if self._end is not None and index >= self._end:
-            return make_row([], self.sequence_length)
+            return np.zeros(0, np.int64)
         epoch = 0
         while index >= self._end_of(epoch):
             epoch += 1
         units, starts = self._plan(epoch)
         row = index - (self._end_of(epoch - 1) if epoch else 0)
-        return make_row([self._piece(unit) for unit in units[starts[row] : starts[row + 1]]], self.sequence_length)
+        return units[starts[row] : starts[row + 1]]
 
     def _rows_until(self, epochs: float) -> int:
         whole = int(epochs)

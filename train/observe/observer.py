@@ -106,6 +106,11 @@ class Observer:
         except OSError as error:
             raise MachineError(f"{self._metrics.name} cannot be written: {error.strerror}; make room") from None
 
+    def say(self, line: str) -> None:
+        """Prints a line, on the main process."""
+        if self._progress:
+            self._progress.say(line)
+
     def postpone(self, step: int, figures: dict[str, Any]) -> None:
         """Keeps the figures of a step whose evaluation is left to the run that goes on."""
         self.postponed = (step, figures)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixtral import MixtralConfig
 from mixtral.modeling import MixtralPreTrainedModel as Model
-from mixtral.weights.names import is_stacked, unwrapped
+from mixtral.weights.names import is_stacked, trained_parameters, unwrapped
 from train.config import Config
 from train.data.labelled import AnyBatch
 from train.errors import MachineError, UserError
@@ -113,6 +113,31 @@ class Engine(ABC):
             last: whether the optimizer step follows; the gradient is then that of all processes.
         """
 
+    def look_at_gradients(self, model: nn.Module) -> None:
+        """Has what this process computes of the gradient looked at before that of others is added to it.
+
+        Must be called before an engine wraps the model, or its own hooks come first.
+        """
+        self._seen = torch.zeros((), device=self.device)
+        for parameter in trained_parameters(model).values():
+            parameter.register_post_accumulate_grad_hook(self._look)
+
+    def _look(self, parameter: Tensor) -> None:
+        """Turns `_seen` into NaN where a gradient holds what is not finite: its sum does not either then."""
+        assert parameter.grad is not None
+        self._seen += parameter.grad.sum().float() * 0
+
+    def faults(self) -> Tensor:
+        """Says whether there is anything not finite in the gradient, between the last `backward` and `step`: (2,).
+
+        Of what this process computed, and of what it would step with, as far as it knows before it does.
+        """
+        return torch.stack([self._seen.isnan(), torch.zeros_like(self._seen, dtype=torch.bool)])
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Drops the gradient of a step that no process takes; nothing is updated."""
+
     @abstractmethod
     def step(self, lr: float) -> float:
         """Clips the gradient and takes the optimizer step.
@@ -124,7 +149,8 @@ class Engine(ABC):
             The global gradient norm before clipping.
 
         Raises:
-            NumericsError: when the norm is not finite, on every process; nothing is updated then.
+            NumericsError: when the norm is not finite, on every process; nothing is updated then, and the gradient is
+                dropped.
         """
 
     def traffic(self) -> Traffic:

@@ -41,6 +41,8 @@ class ReplicatedEngine(Engine):
         for _ in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
             pass
         model.to(self.device)
+        self.look_at_gradients(model)
+        self._norm: Tensor | None = None
         self._masters = MasterWeights(model) if self.dtype is torch.bfloat16 else None
         parameters = trained_parameters(model) if self._masters is None else self._masters.by_name
         self._parameters = list(parameters.values())
@@ -72,17 +74,26 @@ class ReplicatedEngine(Engine):
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
+    def faults(self) -> Tensor:
+        self._norm = global_norm(self._gradients())  # of what should be the same everywhere
+        return torch.stack([self._seen.isnan(), ~self._norm.isfinite()])
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self._norm = None
+        self._seen.zero_()
+
     def step(self, lr: float) -> float:
-        gradients = self._gradients()
-        norm = global_norm(gradients)
+        norm = global_norm(self._gradients()) if self._norm is None else self._norm
         if not torch.isfinite(norm):
+            self.discard()
             raise NumericsError.of_gradient(norm.item())
         if self._config.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.discard()
         if self._masters is not None:
             self._masters.publish()
         return norm.item()

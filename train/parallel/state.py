@@ -111,7 +111,9 @@ class EngineState(ABC):
         """Yields of each parameter: where in the whole it begins here, its master tensor, and its range in that."""
 
     def slices(self) -> Iterator[Slice]:
-        """Yields all that this process holds; there must have been an update, or `begin`."""
+        """Yields all that this process holds; moments are zero before the first update."""
+        if self.updates == 0:
+            self.begin(0)
         for whole, start, master, offset, size in self.places():
             flat = {MASTERS: master.detach()} | {kind: self.optimizer.state[master][kind] for kind in self.kinds}
             for kind, tensor in flat.items():

@@ -71,6 +71,7 @@ class ZeroEngine(Engine):
             named = [{"name": f"group-{index}"} | group for index, group in enumerate(optimizer.param_groups)]
             split = split_params_into_different_moe_groups_for_optimizer(named)
             optimizer.param_groups = [group for group in split if group["params"]]
+        self.look_at_gradients(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.module = self.model.module
         wholes = whole_parameters(self.module, self.rank, self.expert_ranks)
@@ -118,9 +119,19 @@ class ZeroEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.step()
+        self._seen.zero_()
         if self.model.optimizer.overflow:
             raise NumericsError.of_gradient(float("nan"))
         return float(self.model.get_global_grad_norm())
+
+    def discard(self) -> None:
+        updates: Any = self.model.optimizer.optimizer
+        updates.step = lambda *_, **__: None  # DeepSpeed ends its step, in which nothing is updated
+        try:
+            self.model.step()
+        finally:
+            del updates.step  # which hid the class's own
+        self._seen.zero_()
 
     def traffic(self) -> Traffic:
         blocks = [block for block in self.module.modules() if isinstance(block, ExpertParallelBlock)]

@@ -1,0 +1,94 @@
+"""A step that is not finite on one process is taken by none, and nothing of it is left in any engine."""
+
+import json
+
+import pytest
+
+from tests.multiprocess.test_resume import assert_same
+from tests.train.helpers import metrics, read_json, write_corpus
+from tests.warm import launch_ranks
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+STEPS = ["checkpoint.every=3", "train.max_steps=8", "train.micro_batch_size=2"]
+ROUTER = ["train.router_loss_scope=previous_step", "train.router_bias_rate=0.01"]
+ENGINES = {
+    "replicated, bf16, accumulated": ["train.precision=bf16", "train.gradient_accumulation_steps=2"],
+    "ZeRO-1, bf16, EP 2": ["parallel.zero=1", "parallel.expert=2", "train.precision=bf16"],
+    "ZeRO-2, fp32, EP 2, accumulated": ["parallel.zero=2", "parallel.expert=2", "train.gradient_accumulation_steps=2"],
+    "ZeRO-3, bf16, EP 2": ["parallel.zero=3", "parallel.expert=2", "train.precision=bf16"],
+}
+DYING = ("replicated, bf16, accumulated", "ZeRO-2, fp32, EP 2, accumulated")
+FAULTS = {1: (1, "loss"), 4: (0, "gradient"), 5: (1, "expert")}  # step: rank, what
+LATE = {"replicated": (1, "reduced"), "ZeRO": (1, "unseen")}  # in step 7
+SAID = {
+    1: "WARNING step 1: the loss is not finite on process 1 (rows ",
+    4: "WARNING step 4: the gradient is not finite on process 0 (rows ",
+    5: "WARNING step 5: the gradient is not finite on process 1 (rows ",
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl", documents=24)
+
+
+def launch_jobs(folder, jobs):
+    """Runs jobs in two processes; returns the exit codes, the steps that changed nothing by rank, and what was said."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    done = launch_ranks(2, "tests.multiprocess.faulty_steps", str(path), timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    unchanged = [read_json(path.with_suffix(f".{rank}.unchanged")) for rank in range(2)]
+    return read_json(path.with_suffix(".codes")), unchanged, done.stdout
+
+
+def test_no_engine_keeps_anything_of_a_step_that_is_not_finite_on_one_process(tmp_path, corpus):
+    """What was skipped before a death is skipped again, and the end is the uninterrupted run's, bit by bit."""
+    jobs = []
+    for name, words in ENGINES.items():
+        words = [f"data.path={corpus}", *STEPS, *ROUTER, *words]
+        faults = FAULTS | {7: LATE[name.split(",")[0].split("-")[0]]}
+        jobs.append({"words": [*words, f"run.dir={tmp_path / name}"], "faults": faults})
+        if name in DYING:
+            died = [*words, f"run.dir={tmp_path / 'died' / name}"]
+            jobs += [{"words": died, "faults": faults, "dies_at": 6}, {"words": died, "faults": faults}]
+    codes, unchanged, said = launch_jobs(tmp_path, jobs)
+    assert codes == [0, 99, 0, 0, 0, 99, 0, 0]
+    whole, died, gone_on = [1, 4, 5, 7], [1, 4, 5], [4, 5, 7]
+    assert unchanged == [[whole, died, gone_on, whole, whole, died, gone_on, whole]] * 2
+    for name in ENGINES:
+        rows = metrics(tmp_path / name)
+        assert [row["skipped_steps"] for row in rows[1:]] == [1, 1, 1, 2, 3, 3, 4, 4]
+        assert [row["step"] for row in rows if "loss" not in row] == [0, *whole]
+        assert read_json(tmp_path / name / "checkpoints" / "step-00000008" / "state.json")["updates"] == 4
+        kept = sorted(path.stem for path in (tmp_path / name / "failures").glob("*.safetensors"))
+        everywhere = ["step-00000007-rank-0"] if name.startswith("ZeRO") else []
+        assert kept == [
+            *("step-00000001-rank-1", "step-00000004-rank-0", "step-00000005-rank-1"),
+            *everywhere,
+            "step-00000007-rank-1",
+        ]
+    for name in DYING:
+        assert_same(tmp_path / "died" / name, tmp_path / name)
+    for step, line in SAID.items():
+        assert said.count(line) == len(ENGINES) + (len(DYING) if step == 1 else 2 * len(DYING)), line
+    assert said.count("step 7: the gradient of all processes is not finite on process 1 (rows ") == 2
+    assert said.count("step 7: the gradient norm is not finite on process 0 (rows ") == 4
+
+
+def test_so_many_skipped_steps_in_a_row_end_the_run_with_five_on_every_process(tmp_path, corpus):
+    words = [f"data.path={corpus}", *STEPS, "parallel.zero=2"]
+    cases = {"train.max_skipped_steps=0": [2], "train.max_skipped_steps=2": [2, 4, 5]}
+    jobs = [
+        {"words": [*words, word, f"run.dir={tmp_path / word}"], "faults": dict.fromkeys(steps, (1, "loss"))}
+        for word, steps in cases.items()
+    ]
+    codes, unchanged, _ = launch_jobs(tmp_path, jobs)
+    assert codes == [5, 5]
+    assert unchanged == [[[2], [2, 4, 5]]] * 2
+    for word, steps in cases.items():
+        ended = read_json(tmp_path / word / "exit.json")
+        assert (ended["reason"], ended["code"]) == ("numerics", 5)
+        assert f"step {steps[-1]}: the loss is not finite on process 1 (rows " in ended["message"]
+        assert f"failures/step-{steps[-1]:08d}-rank-1.safetensors" in ended["message"]
+        assert not (tmp_path / word / "checkpoints" / f"step-{steps[-1]:08d}").exists()

@@ -1,0 +1,125 @@
+"""Steps that are not finite, by weights that make one document of the data so: no part of the run is replaced."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixtral import MixtralForCausalLM
+from tests.train.helpers import metrics, read_json, run_small, write_corpus
+from tests.train.test_checkpoint import figures, tensors
+from train.config import TrainConfig
+from train.guard import Guard, Skip
+
+WORDS = ["train.max_steps=12", "checkpoint.every=5", "checkpoint.keep_last=3", "evaluate.sample_tokens=0"]
+STRANGE = "zzz qqq zzz qqq zzz"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """In which one document, of line 31, has letters that no other has."""
+    path = write_corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
+    rows = path.read_text().splitlines()
+    rows.insert(30, json.dumps({"text": STRANGE}))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def broken(corpus, tmp_path_factory):
+    """An export whose embedding of those letters is infinite."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert run_small(folder, f"data.path={corpus}", "checkpoint.every=null", "evaluate.sample_tokens=0") == 0
+    weights = load_file(folder / "export" / "model.safetensors")
+    vocabulary = read_json(folder / "export" / "tokenizer.json")["model"]["vocab"]
+    for token, number in vocabulary.items():
+        if set("zq") & set(token):
+            weights["model.embed_tokens.weight"][number] = torch.inf
+    save_file(weights, folder / "export" / "model.safetensors", {"format": "pt"})
+    return folder / "export"
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, broken, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run_small(folder, f"data.path={corpus}", f"model.init_from={broken}", *WORDS) == 0
+    return folder
+
+
+def test_a_document_that_makes_the_loss_infinite_is_skipped_wherever_it_comes_and_the_rest_is_trained(finished):
+    rows = metrics(finished)[1:]
+    skipped = [row["step"] for row in rows if "loss" not in row]
+    assert 1 <= len(skipped) <= 6
+    assert rows[-1]["skipped_steps"] == read_json(finished / "summary.json")["skipped_steps"] == len(skipped)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    for row in rows:
+        assert row["skipped_steps"] == sum(step <= row["step"] for step in skipped)
+    state = read_json(finished / "checkpoints" / "step-00000012" / "state.json")
+    assert state["updates"] == 12 - len(skipped)
+    assert state["parts"]["guard"]["skipped"] == len(skipped)
+
+
+def test_the_batch_that_is_kept_is_that_of_the_step_and_is_not_finite_again(finished, broken, corpus):
+    model = MixtralForCausalLM.from_pretrained(broken)
+    kept = sorted((finished / "failures").glob("*.safetensors"))
+    assert len(kept) == metrics(finished)[-1]["skipped_steps"]
+    for path in kept:
+        described, batch = read_json(path.with_suffix(".json")), load_file(path)
+        step = described["step"]
+        assert path.stem == f"step-{step:08d}-rank-0"
+        assert described["rows"] == [list(range(4 * (step - 1), 4 * step))]
+        assert (described["seed"], described["processes"], described["ranks"]) == (0, 1, [0])
+        assert f"{corpus}:31" in described["documents"][0]
+        names = ("input_ids", "position_ids", "shifted_labels")
+        assert all(batch[name].shape == (4, 32) for name in (*names, "token_mask"))
+        with torch.no_grad():
+            loss = model(**{name: batch[name] for name in names}, num_items_in_batch=1).loss
+        assert not torch.isfinite(loss)
+
+
+def test_going_on_from_a_checkpoint_in_a_folder_of_its_own_replays_the_step(finished, corpus, broken, tmp_path):
+    failed = [int(path.stem[5:13]) for path in sorted((finished / "failures").glob("*.json"))]
+    last = max(step for step in failed if step > 5)
+    words = [f"data.path={corpus}", f"model.init_from={broken}", *WORDS, "train.max_skipped_steps=0"]
+    before = finished / "checkpoints" / f"step-{(last - 1) // 5 * 5:08d}"
+    assert run_small(tmp_path / "replay", *words, f"checkpoint.resume={before}") == 5
+    first = min(step for step in failed if step > (last - 1) // 5 * 5)
+    name = f"step-{first:08d}-rank-0.safetensors"
+    assert name in read_json(tmp_path / "replay" / "exit.json")["message"]
+    assert (tmp_path / "replay" / "failures" / name).read_bytes() == (finished / "failures" / name).read_bytes()
+
+
+def test_a_run_whose_first_step_is_skipped_goes_on_from_it_as_if_it_had_not_stopped(corpus, broken, tmp_path):
+    """There was no update yet, so the optimizer has no moments of its own to save."""
+    rows = corpus.read_text().splitlines()
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join([rows.pop(30), *rows]) + "\n")
+    words = [f"data.path={corpus}", f"model.init_from={broken}", *WORDS, "data.shuffle=false", "schedule=constant"]
+    assert run_small(tmp_path / "whole", *words, "train.max_steps=3") == 0
+    assert run_small(tmp_path / "parts", *words, "train.max_steps=1") == 0
+    assert [row["skipped_steps"] for row in metrics(tmp_path / "parts")[1:]] == [1]
+    assert "loss" not in read_json(tmp_path / "parts" / "summary.json")
+    assert run_small(tmp_path / "parts", *words, "train.max_steps=3") == 0
+    assert figures(tmp_path / "parts")[2:] == figures(tmp_path / "whole")[2:]
+    assert tensors(tmp_path / "parts", 3) == tensors(tmp_path / "whole", 3)
+
+
+def test_steps_in_a_row_are_counted_from_the_last_that_was_taken():
+    guard = Guard(TrainConfig(max_skipped_steps=2))
+    skip = Skip("the loss is not finite", (1,))
+    for now, in_a_row in ((skip, 1), (None, 0), (skip, 1)):
+        guard.count(now)
+        assert (guard.in_a_row, guard.is_over) == (in_a_row, False)
+    again = Guard(TrainConfig(max_skipped_steps=2))
+    again.restore(json.loads(json.dumps(guard.state())))
+    again.count(skip)
+    assert (again.in_a_row, again.is_over, again.skipped) == (2, True, 3)
+
+
+def test_a_fault_is_put_where_it_began():
+    guard = Guard(TrainConfig())
+    assert guard.judge([[0, 0, 0]] * 3) is None
+    assert guard.judge([[0, 1, 1], [1, 1, 1], [0, 0, 1]]) == Skip("the loss is not finite", (1,))
+    assert guard.judge([[0, 1, 1], [0, 0, 1], [0, 1, 1]]) == Skip("the gradient is not finite", (0, 2))
+    assert guard.judge([[0, 0, 0], [0, 0, 1]]) == Skip("the gradient of all processes is not finite", (1,))
