@@ -263,6 +263,17 @@ class TrainConfig:
         "code 5; 0 ends it at the first",
         minimum=0,
     )
+    spike_zscore: float | None = key(
+        10.0,
+        "a loss so many deviations above the median of the last 100 steps is a spike, and said; a deviation is 1.4826 "
+        "times the median one, and at least 1% of the loss; null looks for none",
+        above=0,
+    )
+    on_spike: str = key(
+        "log",
+        "log: the step of a spike is taken; skip: it is skipped like one that is not finite",
+        choices=("log", "skip"),
+    )
 
 
 @dataclass(kw_only=True, slots=True)

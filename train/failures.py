@@ -23,7 +23,7 @@ NAMED = 8  # processes in a message
 
 
 class Failures:
-    """Says which step is skipped and why, keeps the batch, and ends the run where too many are.
+    """Says which step is a spike, or skipped and why, keeps the batch, and ends the run where too many are skipped.
 
     Args:
         engine: of the run.
@@ -42,17 +42,19 @@ class Failures:
         self._folder = Path(str(config.run.dir)) / "failures"
 
     def report(self, step: int, skip: Skip | None, micro_batches: Sequence[AnyBatch], lr: float) -> None:
-        """Reports a step that every process skipped; every process must call it.
+        """Reports a step, if there is anything to say of it; every process must call it.
 
         Args:
             step: counted from 1.
-            skip: why; None of a step that was taken, of which there is nothing to report.
+            skip: why every process skipped it; None of a step that was taken.
             micro_batches: of this process.
             lr: that the step would have had.
 
         Raises:
             NumericsError: on every process, when it was one too many in a row.
         """
+        if self._guard.alarm:
+            self._observer.say(f"ALARM step {step}: {self._guard.alarm}")
         if skip is None:
             return
         kept = self._engine.gather(self._keep(step, skip, micro_batches, lr))

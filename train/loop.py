@@ -163,7 +163,8 @@ def train_step(
     parts, size = accumulate(engine, micro_batches, coefficients, load_LE)
     traffic, faults = exchange(engine, torch.stack([part.loss(coefficients) for part in parts]))
     total = Parts.total(parts, engine.sum)
-    skip, grad_norm = guard.judge(faults), None
+    loss = total.cross_entropy.item()
+    skip, grad_norm = guard.judge(loss, faults), None
     if skip is None:
         try:
             grad_norm = engine.step(lr)
@@ -171,7 +172,7 @@ def train_step(
             skip = Skip("the gradient norm is not finite", tuple(range(engine.world_size)))
     else:
         engine.discard()
-    guard.count(skip)
+    guard.count(loss, skip)
     return StepResult(total, int(size.tokens), traffic, grad_norm, skip)
 
 

@@ -1,16 +1,20 @@
-"""Steps that are not finite, by weights that make one document of the data so: no part of the run is replaced."""
+"""Steps that are not finite, by weights that make one document of the data so, and losses that leap."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train.loop
 from mixtral import MixtralForCausalLM
+from tests.multiprocess.many_runs import run
 from tests.train.helpers import metrics, read_json, run_small, write_corpus
 from tests.train.test_checkpoint import figures, tensors
 from train.config import TrainConfig
-from train.guard import Guard, Skip
+from train.guard import Guard, Skip, zscore
 
 WORDS = ["train.max_steps=12", "checkpoint.every=5", "checkpoint.keep_last=3", "evaluate.sample_tokens=0"]
 STRANGE = "zzz qqq zzz qqq zzz"
@@ -109,17 +113,71 @@ def test_steps_in_a_row_are_counted_from_the_last_that_was_taken():
     guard = Guard(TrainConfig(max_skipped_steps=2))
     skip = Skip("the loss is not finite", (1,))
     for now, in_a_row in ((skip, 1), (None, 0), (skip, 1)):
-        guard.count(now)
+        guard.count(1.0, now)
         assert (guard.in_a_row, guard.is_over) == (in_a_row, False)
     again = Guard(TrainConfig(max_skipped_steps=2))
     again.restore(json.loads(json.dumps(guard.state())))
-    again.count(skip)
+    again.count(1.0, skip)
     assert (again.in_a_row, again.is_over, again.skipped) == (2, True, 3)
 
 
 def test_a_fault_is_put_where_it_began():
     guard = Guard(TrainConfig())
-    assert guard.judge([[0, 0, 0]] * 3) is None
-    assert guard.judge([[0, 1, 1], [1, 1, 1], [0, 0, 1]]) == Skip("the loss is not finite", (1,))
-    assert guard.judge([[0, 1, 1], [0, 0, 1], [0, 1, 1]]) == Skip("the gradient is not finite", (0, 2))
-    assert guard.judge([[0, 0, 0], [0, 0, 1]]) == Skip("the gradient of all processes is not finite", (1,))
+    assert guard.judge(1.0, [[0, 0, 0]] * 3) is None
+    assert guard.judge(1.0, [[0, 1, 1], [1, 1, 1], [0, 0, 1]]) == Skip("the loss is not finite", (1,))
+    assert guard.judge(1.0, [[0, 1, 1], [0, 0, 1], [0, 1, 1]]) == Skip("the gradient is not finite", (0, 2))
+    assert guard.judge(1.0, [[0, 0, 0], [0, 0, 1]]) == Skip("the gradient of all processes is not finite", (1,))
+
+
+def test_a_spike_is_as_many_robust_deviations_above_the_median_as_is_said():
+    draw = np.random.default_rng(0)
+    losses = draw.normal(3.0, 0.2, 100)
+    deviation = 1.4826 * np.median(np.abs(losses - np.median(losses)))
+    assert zscore(5.0, losses.tolist()) == pytest.approx((5.0 - np.median(losses)) / deviation)
+    wild = np.concatenate([losses[:90], [1e6] * 10])
+    assert zscore(5.0, wild.tolist()) > 5
+    assert zscore(1.05, [1.0] * 100) == pytest.approx(5.0)  # at least 1% of the loss is a deviation
+    assert zscore(1e-3, [0.0] * 100) > 10
+
+
+def test_no_loss_of_a_noisy_run_is_a_spike_and_a_hundredfold_one_is():
+    draw = np.random.default_rng(1)
+    guard = Guard(TrainConfig(on_spike="skip"))
+    for step in range(3000):
+        loss = float((2 + 6 * np.exp(-step / 200)) * np.exp(draw.normal(0, 0.1)))
+        assert guard.judge(loss, [[0, 0, 0]]) is None, step
+        guard.count(loss, None)
+    skip = guard.judge(200.0, [[0, 0, 0]] * 2)
+    assert skip.ranks == (0, 1)
+    assert "the loss 200 is " in skip.reason
+    guard.count(200.0, skip)
+    assert guard.judge(2.0, [[0, 0, 0]]) is None
+    assert Guard(TrainConfig(spike_zscore=None)).judge(1e9, [[0, 0, 0]]) is None
+
+
+@pytest.mark.parametrize("on_spike", ["log", "skip"])
+def test_a_loss_times_a_hundred_is_said_with_its_score_and_skipped_where_that_is_asked_for(
+    on_spike, corpus, tmp_path, monkeypatch, capsys
+):
+    """The window of losses goes through a checkpoint."""
+    words = [f"data.path={corpus}", *WORDS, "checkpoint.every=25", "train.max_steps=30", f"train.on_spike={on_spike}"]
+    objective_parts, taken = train.loop.objective_parts, [0]
+
+    def times_a_hundred(output, *inputs):
+        taken[0] += 1
+        parts = objective_parts(output, *inputs)
+        if taken[0] == 28:
+            parts.cross_entropy = 100 * parts.cross_entropy
+        return parts
+
+    monkeypatch.setattr("train.loop.objective_parts", times_a_hundred)
+    assert run([*words, f"run.dir={tmp_path}"], dies_at=27) == 99
+    taken[0] = 25
+    assert run([*words, f"run.dir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"ALARM step (\d+): the loss [\d.]+ is [\d.]+ deviations above the median", said) == ["28"]
+    rows = metrics(tmp_path)
+    assert rows[-1]["skipped_steps"] == (on_spike == "skip")
+    assert ("loss" in rows[28]) == (on_spike == "log")
+    assert read_json(tmp_path / "checkpoints" / "step-00000030" / "state.json")["updates"] == 30 - (on_spike == "skip")
+    assert (tmp_path / "failures" / "step-00000028-rank-0.safetensors").exists() == (on_spike == "skip")
