@@ -1,7 +1,7 @@
 """The command line: `cierzo VERB ...`, `python -m train ...`. Words in, exit code out."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
        torchrun --nproc_per_node N -m train ...
        torchrun --nproc_per_node N -m train.verify ...    (compares the layout with one process)
        cierzo evaluate ...    (held-out figures of model.init_from, or of several models: evaluate.compare=[A,B])
+       cierzo plan ... [plan.gpu=h100-80g plan.gpus=16 plan.search=true]    (memory and time, before there is a machine)
        cierzo inspect_data ...    (checks and describes the data of a recipe; trains nothing)
        cierzo convert --input_dir FOLDER --output_dir FOLDER    (weights; see cierzo convert --help)
        cierzo export adapter=FOLDER output_dir=FOLDER    (merges an adapter into its base; see cierzo export --help)
@@ -25,7 +26,7 @@ usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
 
 The recipe is applied after the defaults, the command line last.
 """
-VERBS = ("train", "verify", "evaluate", "inspect_data", "convert", "export", "keys")
+VERBS = ("train", "verify", "evaluate", "inspect_data", "plan", "convert", "export", "keys")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,14 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb, *rest = words
         if verb not in VERBS:
             raise ConfigError(f"unknown verb {verb!r}: expected {' | '.join(VERBS)}")
-        if verb == "convert":
-            from train.convert import main as convert
-
-            return convert(rest)
-        if verb == "export":
-            from train.merge import main as export
-
-            return export(rest)
+        if verb in ("convert", "export"):
+            return _main_of(verb)(rest)
         if "-h" in rest or "--help" in rest:
             print(_help())
             return 0
@@ -65,10 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(table())
             return 0
-        if verb == "inspect_data":
-            from train.inspect_data import inspect_data
-
-            return inspect_data(rest)
+        if verb in ("plan", "inspect_data"):
+            return _main_of(verb)(rest)
         models = _models(rest) if verb == "evaluate" else {}
         composed = next(iter(models.values())) if models else _compose(verb, rest)
     except UserError as error:
@@ -87,6 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs = {name: model.config for name, model in models.items()}
         return run(composed, lambda engine, folder, _: evaluation(engine, folder, configs))
     return run(composed)
+
+
+def _main_of(verb: str) -> Callable[[Sequence[str]], int]:
+    """Gives what runs a verb that takes its words as they are."""
+    if verb == "convert":
+        from train.convert import main
+    elif verb == "export":
+        from train.merge import main
+    elif verb == "plan":
+        from train.plan.verb import main
+    else:
+        from train.inspect_data import inspect_data as main
+    return main
 
 
 def _compose(verb: str, words: Sequence[str]) -> "Composed":

@@ -276,6 +276,9 @@ class TrainConfig:
     )
 
 
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}  # what an optimizer keeps of each element it updates
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """The optimizer."""
@@ -433,6 +436,33 @@ class VerifyConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """The verb `plan`, which computes memory and time of a run before there is a machine; and the check at a start."""
+
+    gpu: str = key("h100-80g", "the device: a name in conf/hardware.yaml; or cpu, as plan.calibrate measured this one")
+    gpus: int = key(8, "how many of them, one process each", minimum=1)
+    per_host: int | None = key(None, "devices of a host; by default as such hosts are usually sold", minimum=1)
+    interconnect: float | None = key(
+        None, "GB/s that one device sends to other hosts; by default its share of such a host's network", above=0
+    )
+    search: bool = key(False, "whether to look for the best layouts, and for the fewest devices that do")
+    load_from: str | None = key(
+        None, "folder of a run whose expert_load says how unequally experts are loaded; else plan.skew does"
+    )
+    skew: float = key(
+        1.3,
+        "rows that the rank with the most of them takes, over an even share, at the 99th percentile of the steps; at "
+        "the median it is assumed to exceed 1 by a third of that",
+        minimum=1,
+    )
+    calibrate: bool = key(False, "whether to measure this machine first, for plan.gpu=cpu; written to calibration.json")
+    calibration: str | None = key(None, "with plan.gpu=cpu, a calibration.json that plan.calibrate=true wrote before")
+    check: bool = key(
+        True, "whether a run whose layout cannot fit the memory it is started on ends at once, with code 2"
+    )
+
+
+@dataclass(kw_only=True, slots=True)
 class TrackerConfig:
     """Where figures go besides metrics.jsonl."""
 
@@ -459,6 +489,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 @dataclass(frozen=True)

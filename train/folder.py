@@ -35,6 +35,11 @@ PACKAGES = (
 )
 
 
+def folder_name(composed: Composed) -> str:
+    """Gives `run.dir`, or a name made of recipe and time."""
+    return composed.config.run.dir or f"runs/{composed.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def refuse_used(path: Path, config: Config | None) -> bool:
     """Refuses a folder that a run trained in, unless it is to go on, or that holds files that are no run's.
 

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ STREAMED = 10_000  # documents of a stream
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
-def inspect_data(words: list[str]) -> int:
+def inspect_data(words: Sequence[str]) -> int:
     """Runs the verb.
 
     Args:
@@ -62,8 +63,7 @@ def inspect_data(words: list[str]) -> int:
 
 
 def _open_folder(composed: Composed) -> "RunFolder":
-    from train.folder import RunFolder
-    from train.setup import folder_name
+    from train.folder import RunFolder, folder_name
 
     folder = RunFolder(Path(folder_name(composed)).expanduser().resolve())
     composed.config.run.dir = str(folder.path)

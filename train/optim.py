@@ -10,7 +10,6 @@ from mixtral.weights.names import trained_parameters
 from train.config import OptimConfig, ScheduleConfig
 
 NORM_BLOCK = 4096
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}  # what an optimizer keeps of each element it updates
 
 
 def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> torch.optim.Optimizer:

@@ -23,7 +23,7 @@ from train.data.share import Share
 from train.data.tokenizer import give_padding, open_tokenizer
 from train.errors import ConfigError, StopSignal
 from train.evaluate.prompts import Prompts
-from train.folder import RunFolder
+from train.folder import RunFolder, folder_name
 from train.parallel.engine import Engine
 from train.parallel.launcher import number_of_processes
 
@@ -64,11 +64,6 @@ def signals_as_errors() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def folder_name(composed: Composed) -> str:
-    """Gives `run.dir`, or a name made of recipe and time."""
-    return composed.config.run.dir or f"runs/{composed.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:

@@ -14,7 +14,7 @@ ALLOWED = (
     *("train.recompute", "train.max_skipped_steps", "train.spike_zscore", "train.on_spike"),
     *("train.micro_batch_size", "train.gradient_accumulation_steps"),  # as long as a step has as many rows
     *("parallel.expert", "parallel.zero", "parallel.offload_*", "parallel.persistent_elements"),
-    *("parallel.meeting_seconds", "evaluate.*", "checkpoint.*", "tracker.*", "verify.*"),
+    *("parallel.meeting_seconds", "evaluate.*", "checkpoint.*", "tracker.*", "verify.*", "plan.*"),
 )
 
 

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 from train.config import Config
 from train.errors import ConfigError, MachineError
@@ -14,6 +16,13 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def number_of_processes() -> int:
     """Reads how many processes the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def run_processes(processes: int, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs a module in so many processes of this host, on a port that is free, and waits for them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", module, *words]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def is_first() -> bool:

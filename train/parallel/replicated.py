@@ -9,9 +9,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 from torch import Tensor
 
 from mixtral.weights.names import trained_parameters, unwrapped
-from train.config import Config
+from train.config import MOMENTS, Config
 from train.errors import ConfigError, NumericsError
-from train.optim import MOMENTS, MasterWeights, build_optimizer, global_norm
+from train.optim import MasterWeights, build_optimizer, global_norm
 from train.parallel.engine import Engine, Kind, Model, Weights, fill
 from train.parallel.state import ReplicatedState, whole_parameters
 

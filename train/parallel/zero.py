@@ -12,9 +12,9 @@ from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from mixtral.weights.names import is_stacked, trained_parameters, unwrapped
-from train.config import Config
+from train.config import MOMENTS, Config
 from train.errors import NumericsError
-from train.optim import MOMENTS, build_optimizer
+from train.optim import build_optimizer
 from train.parallel.engine import Engine, Kind, Model, Weights, fill
 from train.parallel.exchange import Traffic
 from train.parallel.expert import ExpertParallelBlock, mark_as_split, split_experts

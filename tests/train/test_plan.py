@@ -1,0 +1,222 @@
+"""The planner's arithmetic, against the model's own sizes, and against figures that a reader can follow by hand."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mixtral import MixtralConfig
+from mixtral.weights.names import unwrapped
+from tests.train.helpers import SMALL, read_json
+from train.cli import main
+from train.compose import compose
+from train.errors import ConfigError
+from train.lora import trainable_model
+from train.plan.figures import figures_of
+from train.plan.hardware import device_of, table
+from train.plan.layout import Layout
+from train.plan.load import Skew, seen, skews_of
+from train.plan.memory import memory_of
+from train.plan.search import best
+from train.plan.seconds import flops_per_token, step_of
+from train.plan.verb import compose_plan
+
+EVEN = Skew()
+GB = 1e9
+
+
+def planned(*words, processes=1, on_gpu=True):
+    return Layout(compose_plan(words).config, processes, on_gpu)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("model.tie_word_embeddings=true",),
+        ("model.head_dim=10", "train.only=router,model.layers.1.self_attn.*"),
+        ("lora.rank=4",),
+        ("lora.rank=4", "lora.targets=q_proj,o_proj,gate,lm_head", "lora.experts=false"),
+        ("lora.rank=4", "lora.experts=false", "lora.dora=true"),
+        ("data.format=classification", "data.path=x", "data.labels=[a,b,c]"),
+        ("data.format=regression", "data.path=x", "lora.rank=4"),
+    ],
+    ids=lambda words: " ".join(words) or "whole",
+)
+def test_the_parameters_are_the_models_own_in_name_order_shape_and_training(words):
+    config = compose([*SMALL, *words]).config
+    sizes = MixtralConfig(
+        **{name: getattr(config.model, name) for name in ("vocab_size", "hidden_size", "intermediate_size")},
+        **{name: getattr(config.model, name) for name in ("num_hidden_layers", "num_attention_heads", "head_dim")},
+        num_key_value_heads=config.model.num_key_value_heads,
+        num_local_experts=config.model.num_local_experts,
+        tie_word_embeddings=config.model.tie_word_embeddings,
+    )
+    if config.data.format != "auto":
+        sizes.problem_type, sizes.num_labels = "single_label_classification", len(config.data.labels) or 1
+    model = trainable_model(config, sizes)
+    theirs = [(unwrapped(name), tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+    layout = Layout(config, 1)
+    assert [(weight.name, weight.shape, weight.trained) for weight in layout.weights] == theirs
+    assert flops_per_token(layout) == sizes.training_flops_per_token(config.data.sequence_length)
+
+
+def test_counts_of_the_published_models_are_the_published_ones():
+    for group, total, active in (("mixtral_8x7b", 46.70e9, 12.88e9), ("mixtral_8x22b", 140.62e9, 39.15e9)):
+        count = planned(f"model={group}", "data.path=x", "train.max_steps=1").count
+        assert count.total == pytest.approx(total, rel=1e-3)
+        assert count.active == pytest.approx(active, rel=1e-3)
+
+
+def test_what_a_layer_keeps_is_sonicmoes_figure_for_mixtrals_shape():
+    # arXiv 2512.14080: X and the gate/up pre-activation of two experts, in bf16, 123 KB a token and layer
+    from train.plan.kept import kept_of_layer
+
+    layout = planned("model=mixtral_8x7b", "data.path=x", "train.max_steps=1", "data.sequence_length=16384")
+    routed = kept_of_layer(layout, EVEN).routed / layout.tokens
+    assert (routed + 2 * 4096) / 1e3 == pytest.approx(2 * (4096 + 2 * 2 * 14336) / 1e3, rel=0.01)
+    assert (routed + 2 * 4096) / 1e3 == pytest.approx(123, rel=0.01)
+
+
+FULL = ("recipe=sft_8x7b_full",)
+
+
+def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_or_offloading_since_16_are_tight():
+    # bf16 weights: an eighth of 45.10 B experts, and 1.61 B others; fp32 gradients, masters and two moments of a share
+    weights, state = 2 * (45.10 / 8 + 1.61), (4 + 4 + 8) * 46.70
+    eight = memory_of(planned(*FULL, processes=8), EVEN)
+    assert eight.parts["weights"] / GB == pytest.approx(weights, abs=0.05)  # 14.5 GB
+    parts = ("gradients", "masters", "moments")
+    assert sum(eight.parts[part] for part in parts) / GB == pytest.approx(state / 8, abs=0.1)  # 93.4 GB
+    assert weights + state / 8 > 80  # before anything is computed
+    plan = compose_plan(FULL).config
+    h100 = device_of(plan.plan)
+    fitting = {n: [one for one in best(plan, n, h100, most=10**6) if not offloads(one)] for n in (8, 16, 32)}
+    assert not fitting[8]
+    assert fitting[16]  # at ZeRO-3: 5.8 + 46.7 GB of state, 20 GB of rows, 7.3 GB of buffers and overhead
+    assert all(one.is_tight for one in fitting[16])
+    assert not fitting[32][0].is_tight
+    assert best(plan, 8, h100)  # with offloading eight are enough, slowly
+    assert figures_of(planned(*FULL, processes=32), h100).spare / GB == pytest.approx(18, abs=2)
+
+
+def offloads(figures):
+    return figures.layout.config.parallel.offload_optimizer
+
+
+def test_adapters_of_8x7b_fit_eight_gpus_of_80_gb_with_experts_over_eight():
+    figures = figures_of(planned("recipe=sft_8x7b_lora", processes=8), device_of(compose_plan(FULL).config.plan))
+    # 14.6 GB weights, 0.45 GB for 0.223 B adapters, and of each of 32 layers 4096 x (what is kept of a token)
+    kept = 32 * 4096 * 2 * 2 * 2 * 14336 * 1.3  # gate and up of 2 rows a token, in bf16, 1.3 times an even share
+    assert figures.high.parts["weights"] / GB == pytest.approx(14.57, abs=0.01)
+    assert kept / GB < figures.high.parts["routed rows"] / GB < 1.7 * kept / GB
+    assert figures.fits
+    assert figures.spare / GB == pytest.approx(13, abs=2)
+
+
+def test_adapters_of_8x22b_need_sixteen_gpus_of_80_gb_and_do_not_fit_eight_without_offloading():
+    plan = compose_plan(["recipe=sft_8x22b_lora"]).config
+    h100 = device_of(plan.plan)
+    # eight hold 281 GB of bf16 weights, 35 GB each; 2048 tokens keep 43 GB in 56 layers, with an even load; ZeRO-3's
+    # bucket and the weights that it brings together are 2 GB each
+    eight = memory_of(planned("recipe=sft_8x22b_lora", processes=8), EVEN).moments["loss"]
+    assert 2 * 140.6 / 8 + 43 + 2 + 2 > 80
+    assert eight["weights"] / GB == pytest.approx(2 * 140.6 / 8, rel=0.02)
+    assert (eight["activations"] + eight["routed rows"]) / GB == pytest.approx(43, abs=1)
+    fitting = {n: [one for one in best(plan, n, h100, most=10**6) if not offloads(one)] for n in (8, 16)}
+    assert not fitting[8]
+    assert fitting[16]
+
+
+def test_what_is_held_at_the_step_falls_with_each_stage_and_with_more_processes():
+    words = ("model=mixtral_8x7b", "data.path=x", "train.max_steps=1", "data.sequence_length=2048", "parallel.expert=8")
+
+    def held(zero, processes):
+        return sum(
+            memory_of(planned(*words, f"parallel.zero={zero}", processes=processes), EVEN).moments["step"].values()
+        )
+
+    for processes in (16, 64):
+        assert held(1, processes) > held(2, processes)
+    assert held(2, 16) > held(2, 64) > held(2, 128)
+    assert held(3, 16) > held(3, 64) > held(3, 128)
+
+
+def test_skew_costs_memory_and_time_only_where_experts_are_split():
+    words = ("model=mixtral_8x7b", "data.path=x", "train.max_steps=1", "data.sequence_length=2048")
+    h100, skewed = device_of(compose_plan(FULL).config.plan), Skew(2.0, 2.0, 2.0, "a test")
+    split = planned(*words, "parallel.expert=8", "parallel.zero=2", processes=8)
+    even, uneven = memory_of(split, EVEN), memory_of(split, skewed)
+    rows = 2048 * 2 * 32 * 2 * (2 * 14336 + 4096)  # bytes of gate, up and input of an even share
+    moved = uneven.moments["loss"]["routed rows"] - even.moments["loss"]["routed rows"]
+    assert moved == pytest.approx(rows, rel=0.01)
+    assert step_of(split, h100, skewed).parts["experts"] == 2 * step_of(split, h100, EVEN).parts["experts"]
+    one = skews_of(split.config, 1).high
+    assert (one.mean, one.layer) == (1.0, 1.0)
+
+
+def test_the_load_of_a_run_is_read_by_ranks_and_percentiles(tmp_path):
+    even, all_on_one = [[0.25] * 4] * 2, [[1.0, 0.0, 0.0, 0.0], [0.25] * 4]
+    rows = [{"step": step, "expert_load": all_on_one if step == 7 else even} for step in range(1, 101)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = seen(str(tmp_path), ranks=2)
+    assert (found.median.mean, found.median.layer) == (1.0, 1.0)
+    assert (found.high.mean, found.high.layer) == (1.0, 1.0)  # which one step in a hundred exceeds
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:50]))
+    found = seen(str(tmp_path), ranks=2)
+    assert (found.high.mean, found.high.layer, found.high.expert) == (1.5, 2.0, 4.0)
+    with pytest.raises(ConfigError, match="plan.load_from"):
+        seen(str(tmp_path), ranks=3)
+
+
+def test_every_device_of_the_table_is_whole_and_has_a_source():
+    rows = table()
+    names = [name for name in rows if name != "efficiency"]
+    assert {"a100-40g", "a100-80g", "h100-80g", "h200-141g", "b200-180g", "l40s-48g", "rtx4090-24g"} < {*names}
+    for name in names:
+        config = compose_plan([*FULL, f"plan.gpu={name}"]).config
+        device = device_of(config.plan)
+        assert device.source
+        assert device.memory > 1e9
+        assert device.bandwidth > device.inside >= device.between
+
+
+def test_a_plan_is_written_without_torch_and_in_seconds(tmp_path):
+    code = f"""
+import sys
+from train.cli import main
+words = ["plan", "recipe=sft_8x7b_lora", "plan.gpu=a100-40g", "plan.gpus=8", "run.dir={tmp_path}/plan"]
+assert main(words) == 0
+print("torch" in sys.modules, "transformers" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False False"
+    assert "it does NOT fit" in done.stdout
+    assert "data.sequence_length=1024" in done.stdout.split("By itself, makes it fit:")[1]
+    plan = read_json(tmp_path / "plan" / "plan.json")
+    assert not plan["fits"]
+    assert plan["spare"] < 0
+    assert plan["memory"]["p99"]["peak"] > plan["memory"]["median"]["peak"] > 40e9
+    assert plan["step"]["seconds"] == pytest.approx(sum(plan["step"]["parts"].values()))
+    assert (tmp_path / "plan" / "plots" / "plan.png").stat().st_size > 10_000
+    assert read_json(tmp_path / "plan" / "exit.json")["code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("plan.gpu=h10-80g",), "plan.gpu=h10-80g.*did you mean h100-80g"),
+        (("plan.gpu=cpu",), "plan.calibrate=true"),
+        (("plan.gpus=12",), "parallel.expert=8 does not divide plan.gpus=12"),
+        (("plan.load_from=/nowhere",), "plan.load_from=/nowhere"),
+        (("plan.gpuss=12",), "unknown key plan.gpuss.*did you mean plan.gpus"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_error(words, message, tmp_path, capsys):
+    code = main(["plan", "recipe=sft_8x7b_lora", *words, f"run.dir={tmp_path / 'plan'}"])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert re.search(message, said), said

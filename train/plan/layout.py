@@ -1,0 +1,158 @@
+"""A run seen as the arithmetic needs it: sizes, and what one process holds of everything."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from train.config import MOMENTS, PROBLEMS, Config, words_of
+from train.plan.weights import Count, Weight, count, weights_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A configuration on so many processes, a device each.
+
+    Attributes:
+        config: of the run.
+        processes: in all.
+        on_gpu: whether they compute on GPUs, or on the processor.
+    """
+
+    config: Config
+    processes: int
+    on_gpu: bool = True
+
+    @functools.cached_property
+    def weights(self) -> list[Weight]:
+        """Every parameter of the whole model."""
+        return weights_of(self.config)
+
+    @functools.cached_property
+    def count(self) -> Count:
+        """Of the parameters."""
+        return count(self.config, self.weights)
+
+    @property
+    def expert_ranks(self) -> int:
+        """P, ranks over which a layer's experts are split."""
+        return self.config.parallel.expert
+
+    @property
+    def zero(self) -> int:
+        """What DeepSpeed partitions."""
+        return self.config.parallel.zero
+
+    @property
+    def bytes(self) -> int:
+        """Of a number in `train.precision`: weights and activations."""
+        return 2 if self.config.train.precision == "bf16" else 4
+
+    @property
+    def moments(self) -> int:
+        """Numbers that the optimizer keeps of each element."""
+        return len(MOMENTS[self.config.optim.name])
+
+    @property
+    def tokens(self) -> int:
+        """T, of a process in one forward pass; of a classifier at most."""
+        return self.config.train.micro_batch_size * self.config.data.sequence_length
+
+    @property
+    def tokens_of_step(self) -> int:
+        """Of all processes in one optimizer step."""
+        return self.tokens * self.config.train.gradient_accumulation_steps * self.processes
+
+    @property
+    def head_dim(self) -> int:
+        """D, given or derived."""
+        model = self.config.model
+        return model.head_dim or model.hidden_size // model.num_attention_heads
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the head tells labels apart, and forms no logits to speak of."""
+        return self.config.data.format in PROBLEMS
+
+    def here(self, weight: Weight) -> int:
+        """Elements of a parameter in a process, before ZeRO."""
+        return weight.elements // self.expert_ranks if weight.is_expert else weight.elements
+
+    def owned(self, weight: Weight) -> float:
+        """Elements of a parameter whose masters and moments a process has."""
+        return weight.elements / self.processes if self.zero else self.here(weight)
+
+    @functools.cached_property
+    def trained_of_layers(self) -> list[tuple[int, int]]:
+        """Elements with a gradient of each layer, in a process before ZeRO: of its experts, and of all else in it."""
+        found = [[0, 0] for _ in range(self.config.model.num_hidden_layers)]
+        for weight in self.weights:
+            if weight.trained and ".layers." in weight.name:
+                found[int(weight.name.split(".")[2])][not weight.is_expert] += self.here(weight)
+        return [(experts, others) for experts, others in found]
+
+    @functools.cached_property
+    def trained_here(self) -> int:
+        """Elements with a gradient, in a process before ZeRO."""
+        return sum(self.here(weight) for weight in self.weights if weight.trained)
+
+    @functools.cached_property
+    def trained_above(self) -> int:
+        """Of these, those whose gradients come before any layer's: the head and its norm."""
+        return sum(
+            self.here(weight)
+            for weight in self.weights
+            if weight.trained and ".layers." not in weight.name and "embed_tokens" not in weight.name
+        )
+
+    @functools.cached_property
+    def trained_owned(self) -> float:
+        """Elements whose masters and moments a process has."""
+        return sum(self.owned(weight) for weight in self.weights if weight.trained)
+
+    def trains(self, *parts: str) -> bool:
+        """Whether any parameter with one of these parts in its name has a gradient."""
+        return any(weight.trained and any(part in weight.name for part in parts) for weight in self.weights)
+
+    @property
+    def adapted(self) -> list[str]:
+        """The linear layers with adapters."""
+        return [word for word in words_of(self.config.lora.targets) if self.config.lora.rank]
+
+    @functools.cached_property
+    def groups(self) -> list[list[Weight]]:
+        """The optimizer's groups as DeepSpeed flattens them: matrices, vectors, and each kind's experts where split."""
+        found: dict[tuple[bool, bool], list[Weight]] = {}
+        for weight in self.weights:
+            if weight.trained:
+                found.setdefault((weight.is_expert and self.expert_ranks > 1, not weight.is_matrix), []).append(weight)
+        return [found[kind] for kind in sorted(found)]
+
+    def replicas(self, group: list[Weight]) -> int:
+        """Over how many processes ZeRO shares a group out."""
+        split = group[0].is_expert and self.expert_ranks > 1
+        return self.processes // self.expert_ranks if split else self.processes
+
+    @functools.cached_property
+    def touched(self) -> int:
+        """Elements of the parameters that lie, with any part, in the partition of the rank that has the most of them.
+
+        ZeRO-1 and 2 keep gradients whole there: a parameter across a border is held on both sides of it.
+        """
+        partitions = [_touched((self.here(weight) for weight in group), self.replicas(group)) for group in self.groups]
+        pairs = list(zip(self.groups, partitions, strict=True))
+        return max(sum(sums[self._place(group, rank)] for group, sums in pairs) for rank in range(self.processes))
+
+    def _place(self, group: list[Weight], rank: int) -> int:
+        split = group[0].is_expert and self.expert_ranks > 1
+        return rank // self.expert_ranks if split else rank
+
+
+def _touched(sizes: Iterable[int], partitions: int) -> list[int]:
+    """Sums, for each of equal partitions of what lies end to end, the whole sizes of all that reaches into it."""
+    sizes = list(sizes)
+    each, start, sums = -(-sum(sizes) // partitions), 0, [0] * partitions
+    for size in sizes:
+        for partition in range(start // each, (start + size - 1) // each + 1):
+            sums[partition] += size
+        start += size
+    return sums

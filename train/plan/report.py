@@ -1,0 +1,169 @@
+"""A plan in words and columns."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from train.plan.figures import Figures
+from train.plan.memory import KINDS
+
+GB = 1e9
+
+
+def number(value: float) -> str:
+    """Writes a count for a person: 46.7 B, 12.9 M, 340."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Writes a time for a person."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    hours = seconds / 3600
+    return f"{seconds / 60:.0f} min" if hours < 2 else f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
+
+
+def words_of(figures: Figures) -> str:
+    """Writes a layout as keys."""
+    config = figures.layout.config
+    words = [f"parallel.expert={config.parallel.expert}", f"parallel.zero={config.parallel.zero}"]
+    words += [
+        f"parallel.{name}=true"
+        for name in ("offload_optimizer", "offload_parameters")
+        if getattr(config.parallel, name)
+    ]
+    words += ["train.recompute=layers"] if config.train.recompute == "layers" else []
+    words += [f"train.micro_batch_size={config.train.micro_batch_size}"]
+    words += [f"train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}"]
+    return " ".join(words)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lays cells under each other, the first of a row to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def report(figures: Figures, changes: Iterable[tuple[str, Figures]], command: str) -> str:
+    """Writes all that a plan says of one layout."""
+    changes = list(changes)
+    lines = [*_header(figures), "", *_memory(figures), "", *_time(figures), "", *_verdict(figures)]
+    if not figures.fits and not changes:
+        lines.append("  nothing; plan.search=true looks for several changes at once")
+    lines += [
+        f"  {words}: {changed.high.peak / GB:.1f} GB, {number(changed.step.tokens_per_second)} tokens/s"
+        for words, changed in changes
+    ]
+    return "\n".join([*lines, "", "to start it:", *(f"  {line}" for line in command.splitlines())])
+
+
+def _header(figures: Figures) -> list[str]:
+    layout, device, count = figures.layout, figures.device, figures.layout.count
+    train = layout.config.train
+    hosts = math.ceil(layout.processes / device.per_host)
+    here = figures.median.parts["weights"] / layout.bytes
+    load = ", ".join(f"{skew.mean:.2f} ({skew.source})" for skew in (figures.skews.median, figures.skews.high))
+    lines = {
+        "model": f"{number(count.total)} parameters, {number(count.active)} active per token, {number(count.trained)} "
+        f"trained, {number(here)} held by a process",
+        "devices": f"{layout.processes} x {device.name} of {device.memory / GB:.0f} GB, {hosts} "
+        f"host{'s' if hosts > 1 else ''}",
+        "layout": words_of(figures),
+        "step": f"{number(layout.tokens_of_step)} tokens: {layout.processes} processes x {train.micro_batch_size} rows "
+        f"of {layout.config.data.sequence_length} x {train.gradient_accumulation_steps} accumulated, {train.precision}",
+        "load": f"the rank with the most rows takes so many times an even share: {load}",
+    }
+    return [f"{name:>8}  {text}" for name, text in lines.items()]
+
+
+def _memory(figures: Figures) -> list[str]:
+    both = (figures.median, figures.high)
+    rows = [["memory of a process, GB", "median", "p99"]]
+    for kind in KINDS:
+        values = [memory.parts.get(kind, 0.0) for memory in both]
+        if any(values):
+            rows.append([kind, *(f"{value / GB:.2f}" for value in values)])
+    rows.append(["in all", *(f"{memory.peak / GB:.2f}" for memory in both)])
+    rows.append(["at its peak, which is at", *(memory.moment for memory in both)])
+    if figures.high.host:
+        rows.append(["in host memory besides", *(f"{memory.host / GB:.2f}" for memory in both)])
+    return columns(rows)
+
+
+def _time(figures: Figures) -> list[str]:
+    step, slow = figures.step, figures.slow
+    rows = [["time of a step, s", "median", "p99"]]
+    rows += [[part, f"{step.parts[part]:.3f}", f"{slow.parts[part]:.3f}"] for part in step.parts if step.parts[part]]
+    rows.append(["in all", f"{step.seconds:.3f}", f"{slow.seconds:.3f}"])
+    return columns(rows)
+
+
+def _verdict(figures: Figures) -> list[str]:
+    layout, device, step = figures.layout, figures.device, figures.step
+    most = max(figures.high.parts, key=lambda kind: figures.high.parts[kind])
+    longest = max(step.parts, key=lambda part: step.parts[part])
+    hidden = f", {duration(step.hidden)} of ZeRO's traffic beside it" if step.hidden else ""
+    lines = [
+        f"{number(step.tokens_per_second)} tokens/s, {number(step.tokens_per_second / layout.processes)} of each "
+        f"device; {step.mfu(device, layout):.1%} MFU on active parameters{hidden}",
+        f"most of the time goes to {longest}, {step.parts[longest] / step.seconds:.0%}; most of the memory to {most}, "
+        f"{figures.high.parts[most] / figures.high.peak:.0%}",
+    ]
+    if figures.steps:
+        seconds = figures.steps * step.seconds
+        lines.append(
+            f"{figures.steps} steps: {duration(seconds)}, {number(seconds / 3600 * layout.processes)} device-hours, "
+            f"{number(figures.steps * step.tokens)} tokens"
+        )
+    else:
+        lines.append("how many steps train.epochs comes to only the data says: cierzo inspect_data")
+    if figures.fits:
+        tight = ": less than this arithmetic may be wrong by" if figures.is_tight else ""
+        lines.append(f"it fits, with {figures.spare / GB:.1f} GB to spare{tight}")
+    elif figures.high.peak > device.memory:
+        lines.append(
+            f"it does NOT fit: {figures.high.peak / GB:.1f} GB of {device.memory / GB:.0f}. By itself, makes it fit:"
+        )
+    else:
+        lines.append(
+            f"it does NOT fit the host: {figures.high.host / GB:.1f} GB a process of "
+            f"{device.host_memory / GB:.0f}. By itself, makes it fit:"
+        )
+    return lines
+
+
+def found(several: Sequence[Figures], least: Figures | None) -> str:
+    """Writes what a search found."""
+    rows = [["the best layouts that fit", "GB, p99", "spare", "tokens/s", "MFU", "most time goes to"]]
+    for figures in several:
+        step = figures.step
+        longest = max(step.parts, key=lambda part: step.parts[part])
+        rows.append(
+            [
+                words_of(figures),
+                f"{figures.high.peak / GB:.1f}",
+                f"{figures.spare / GB:.1f}{' (tight)' * figures.is_tight}",
+                number(step.tokens_per_second),
+                f"{step.mfu(figures.device, figures.layout):.1%}",
+                f"{longest}, {step.parts[longest] / step.seconds:.0%}",
+            ]
+        )
+    lines = columns(rows) if several else ["  no layout fits so many devices"]
+    if least is None:
+        return "\n".join([*lines, "", "no number of devices up to 4096 is enough"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"the fewest that do: {least.layout.processes} x {least.device.name}, {words_of(least)}: "
+            f"{least.high.peak / GB:.1f} GB, {number(least.step.tokens_per_second)} tokens/s",
+        ]
+    )

@@ -1,0 +1,199 @@
+"""Time of an optimizer step, part by part, by what each part computes, moves or sends; train/plan/README.md says why.
+
+Shape letters: see `mixtral/modeling.py`; P ranks share a layer's experts out, b is the bytes of a number.
+"""
+
+from dataclasses import dataclass
+
+from train.plan.hardware import Device
+from train.plan.kept import FP32
+from train.plan.layout import Layout
+from train.plan.load import Skew
+
+BACKWARD = 2  # a product's gradients are two products: that of its input, and that of its weight
+ATTENTION_BACKWARD = 2.5  # the probabilities are computed again
+ADAM_BYTES = 28  # of an element: four fp32 numbers are read, three written
+NORM_BYTES = 8  # its gradient is read for the norm, and again to be scaled
+LAUNCHES = 80  # kernels of a layer forward, its experts aside
+EXPERT_LAUNCHES = 12  # kernels of one expert forward
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of an optimizer step on the process with the most rows.
+
+    Attributes:
+        parts: of each part.
+        hidden: of communication that takes place while others compute; it is in no part.
+        tokens: of all processes.
+        flops: of the step by the PaLM convention, over all processes.
+    """
+
+    parts: dict[str, float]
+    hidden: float
+    tokens: int
+    flops: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all processes."""
+        return self.tokens / self.seconds
+
+    def mfu(self, device: Device, layout: Layout) -> float:
+        """The share of all devices' peak that the model's own work is."""
+        return self.flops / self.seconds / layout.processes / device.peak(layout.config.train.precision)
+
+
+def flops_per_token(layout: Layout) -> int:
+    """Floating-point operations of a token, as `MixtralConfig.training_flops_per_token` counts them."""
+    model, data = layout.config.model, layout.config.data
+    share = model.num_experts_per_tok / model.num_local_experts
+    matrices: int = 0 if layout.is_classifier or not model.tie_word_embeddings else model.vocab_size * model.hidden_size
+    for weight in layout.weights:
+        if weight.is_matrix and "lora_" not in weight.name and "embed_tokens" not in weight.name:
+            matrices += round(weight.elements * (share if weight.is_expert else 1))
+    seen = min(data.sequence_length, model.sliding_window or data.sequence_length)
+    return 6 * matrices + 12 * model.num_hidden_layers * model.num_attention_heads * layout.head_dim * seen
+
+
+def step_of(layout: Layout, device: Device, skew: Skew) -> Step:
+    """Computes the time of a step.
+
+    Args:
+        layout: of the run.
+        device: that each process has.
+        skew: rows of the rank with the most; the others wait for it in every layer.
+    """
+    passes = layout.config.train.gradient_accumulation_steps
+    parts = {name: passes * seconds for name, seconds in compute(layout, device, skew).items()}
+    parts["all-to-all"] = passes * all_to_all(layout, device, skew)
+    reduced, gathered = zero_traffic(layout, device)
+    exposed, hidden = reduced + gathered, 0.0
+    if layout.zero == 3 and device.is_gpu:  # which overlaps both with what is computed
+        hidden = min(exposed, sum(parts.values()))
+        exposed -= hidden
+    parts["ZeRO traffic"] = exposed
+    parts["optimizer"], parts["offload"] = optimizer(layout, device)
+    return Step(parts, hidden, layout.tokens_of_step, flops_per_token(layout) * layout.tokens_of_step)
+
+
+def compute(layout: Layout, device: Device, skew: Skew) -> dict[str, float]:
+    """Seconds of one forward and backward pass, without what is sent."""
+    model, config = layout.config.model, layout.config
+    peak, share, layers = device.peak(config.train.precision), device.efficiency, model.num_hidden_layers
+    tokens, hidden = layout.tokens, model.hidden_size
+    queries, keys = model.num_attention_heads * layout.head_dim, model.num_key_value_heads * layout.head_dim
+    rows = tokens * model.num_experts_per_tok * skew.layer
+    again = 1 if config.train.recompute == "layers" else 0  # passes forward besides the first
+    projections = 2 * tokens * hidden * 2 * (queries + keys) * (again + _passes(layout, "_proj.weight"))
+    visible: float = config.data.sequence_length
+    if model.attn_implementation in ("windowed", "flash_attention_2"):
+        visible = min(visible / 2, model.sliding_window or visible)  # masked blocks are not computed
+    core = 4 * tokens * visible * queries * (1 + again + ATTENTION_BACKWARD)
+    experts = 2 * rows * 3 * hidden * model.intermediate_size * (again + _passes(layout, ".experts.gate_up_proj"))
+    if config.lora.rank and config.lora.experts:
+        experts += 2 * rows * config.lora.rank * 3 * (hidden + model.intermediate_size) * (1 + again + BACKWARD)
+    head = 0.0
+    if not layout.is_classifier:
+        head = 2 * tokens * hidden * model.vocab_size * _passes(layout, "lm_head.weight", "embed_tokens")
+    found = {
+        "attention": layers * (projections / share.matrices + core / share.attention) / peak,
+        "experts": layers * experts / share.experts / peak,
+        "logits": head / share.matrices / peak,
+        "elementwise": _moved(layout, rows, 1 + again + BACKWARD) / share.memory / device.bandwidth,
+    }
+    started = (
+        layers
+        * (1 + again + BACKWARD)
+        * share.launch
+        * (LAUNCHES + EXPERT_LAUNCHES * model.num_local_experts / layout.expert_ranks)
+    )
+    if device.is_gpu:  # which computes what was launched before, meanwhile
+        started = max(0.0, started - sum(found.values()))
+        crowd = 1.0
+    else:  # processes beyond one for each group of cores wait for each other
+        crowd = max(1.0, layout.processes / device.per_host)
+    return {name: crowd * seconds for name, seconds in (found | {"launches": started}).items()}
+
+
+def _passes(layout: Layout, *names: str) -> int:
+    """Products for each one of a forward pass: those of the weights' gradients only where they are trained."""
+    return 1 + (BACKWARD if layout.trains(*names) else 1)
+
+
+def _moved(layout: Layout, rows: float, passes: int) -> float:
+    """Bytes that elementwise work reads and writes: norms, rotation, residuals; gathers, SwiGLU; softmax."""
+    model, b, tokens = layout.config.model, layout.bytes, layout.tokens
+    hidden, inner = model.hidden_size, model.intermediate_size
+    heads = (model.num_attention_heads + model.num_key_value_heads) * layout.head_dim
+    dense = tokens * (2 * (2 * FP32 + 3 * b) * hidden + 6 * b * heads + 6 * b * hidden)
+    routed = rows * (b * (4 * hidden + 3 * inner) + FP32 * hidden)
+    logits = 0.0 if layout.is_classifier else tokens * model.vocab_size * (4 * FP32 + b)
+    return model.num_hidden_layers * passes * (dense + routed) + logits
+
+
+def link(layout: Layout, device: Device, ranks: int, stride: int) -> float:
+    """Bytes/s that a process sends in a group of so many, so far apart; a group across hosts is as slow as these."""
+    across = device.is_gpu and layout.processes > device.per_host and ranks * stride > device.per_host
+    return device.efficiency.network * (device.between if across else device.inside)
+
+
+def all_to_all(layout: Layout, device: Device, skew: Skew) -> float:
+    """Seconds that rows travel in a pass: there and back, forward and backward."""
+    ranks, model = layout.expert_ranks, layout.config.model
+    if ranks == 1:
+        return 0.0
+    rows = layout.tokens * model.num_experts_per_tok * skew.layer * (1 - 1 / ranks)
+    times = 4 + (2 if layout.config.train.recompute == "layers" else 0)
+    sent = times * model.num_hidden_layers * rows * model.hidden_size * layout.bytes
+    return sent / link(layout, device, ranks, 1)
+
+
+def zero_traffic(layout: Layout, device: Device) -> tuple[float, float]:
+    """Seconds of a step in which gradients are summed, and in which weights are brought together."""
+    passes, reduced, gathered = layout.config.train.gradient_accumulation_steps, 0.0, 0.0
+    for experts in (False, True):
+        apart = experts and layout.expert_ranks > 1
+        ranks = layout.processes // layout.expert_ranks if apart else layout.processes
+        if ranks == 1:
+            continue
+        speed = link(layout, device, ranks, layout.expert_ranks if apart else 1)
+        chosen = [weight for weight in layout.weights if weight.is_expert == experts]
+        trained = sum(layout.here(weight) for weight in chosen if weight.trained)
+        once = (ranks - 1) / ranks / speed  # a byte from every process to one, or from one to every
+        times = passes if layout.zero >= 2 else 1
+        number = layout.bytes if layout.zero == 0 and layout.bytes == FP32 else FP32
+        reduced += times * number * trained * once * (1 if layout.zero == 3 else 2)
+        if layout.zero == 3:
+            gathered += 2 * passes * layout.bytes * sum(map(layout.here, chosen)) * once
+        elif layout.zero:
+            gathered += layout.bytes * trained * once
+    return reduced, gathered
+
+
+def optimizer(layout: Layout, device: Device) -> tuple[float, float]:
+    """Seconds of the update, and of what travels to and from host memory."""
+    owned, moments = layout.trained_owned, layout.moments
+    moved = (NORM_BYTES + ADAM_BYTES * (1 + moments) / 3 + layout.bytes) * owned
+    if not (device.is_gpu and layout.config.parallel.offload_optimizer):
+        crowd = 1.0 if device.is_gpu else max(1.0, layout.processes / device.per_host)
+        return crowd * moved / (device.efficiency.update * device.bandwidth), _offloaded_weights(layout, device)
+    travels = (FP32 + layout.bytes) * owned / (device.efficiency.network * device.host)
+    return moved / HOST_BANDWIDTH, travels + _offloaded_weights(layout, device)
+
+
+HOST_BANDWIDTH = 25e9
+"""Bytes/s of host memory that one device's process gets: eight channels of DDR5 of two sockets, shared by eight."""
+
+
+def _offloaded_weights(layout: Layout, device: Device) -> float:
+    if not (device.is_gpu and layout.config.parallel.offload_parameters):
+        return 0.0
+    passes = layout.config.train.gradient_accumulation_steps
+    mine = layout.bytes * layout.count.total / layout.processes
+    return 2 * passes * mine / (device.efficiency.network * device.host)
