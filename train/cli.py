@@ -85,14 +85,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main_of(verb: str) -> Callable[[Sequence[str]], int]:
     """Gives what runs a verb that takes its words as they are."""
     if verb == "convert":
-        from train.convert import main
-    elif verb == "export":
-        from train.merge import main
-    elif verb == "plan":
-        from train.plan.verb import main
-    else:
-        from train.inspect_data import inspect_data as main
-    return main
+        from train.convert import main as convert
+
+        return convert
+    if verb == "export":
+        from train.merge import main as export
+
+        return export
+    if verb == "plan":
+        from train.plan.verb import main as plan
+
+        return plan
+    from train.inspect_data import inspect_data
+
+    return inspect_data
 
 
 def _compose(verb: str, words: Sequence[str]) -> "Composed":

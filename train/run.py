@@ -4,20 +4,21 @@ from collections.abc import Callable
 
 from train.checkpoint.checkpoints import Checkpoints
 from train.compose import Composed
-from train.config import PROBLEMS, Config
+from train.config import Config
 from train.errors import StopSignal, UserError, report
 from train.evaluate.evaluations import Evaluations
 from train.finish import finish, keeper_of_best
 from train.folder import RunFolder
 from train.loop import train
 from train.lora import find_adapter, trainable_model, with_adapters
-from train.model import find_weights, model_config, starting_weights
+from train.model import model_config, starting_weights
 from train.observe.observer import Observer
 from train.observe.progress import header
 from train.observe.trackers import open_tracker
 from train.parallel.engine import Engine
 from train.parallel.layout import open_engine
 from train.setup import choose_folder, number_of_steps, open_data, open_prompts, quiet_libraries, signals_as_errors
+from train.start import check_and_find
 
 Work = Callable[[Engine, RunFolder | None, Config], str]
 
@@ -49,7 +50,7 @@ def run(composed: Composed, work: Work | None = None) -> int:
 def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     """Trains, evaluates and exports; `folder` is the main process's alone. Returns the closing message."""
     checkpoints = Checkpoints(engine, folder, config)
-    engine.first_on_each_host(lambda: find_weights(config.model, classifier=config.data.format in PROBLEMS))
+    check_and_find(engine, config)
     tokenizer, data = open_data(engine, folder, config)
     prompts = engine.on_main(lambda: open_prompts(config, tokenizer))
     max_steps = number_of_steps(config, data, engine.world_size)
@@ -57,7 +58,6 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     engine.first_on_each_host(lambda: find_adapter(config.lora, model.config))
     engine.prepare(model, with_adapters(starting_weights(config, model.config), config, model.config))
     checkpoints.restore(data)
-
     if folder:
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
     tracker = open_tracker(config.tracker, folder) if folder else None

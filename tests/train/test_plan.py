@@ -9,7 +9,7 @@ import pytest
 
 from mixtral import MixtralConfig
 from mixtral.weights.names import unwrapped
-from tests.train.helpers import SMALL, read_json
+from tests.train.helpers import SMALL, read_json, run_small
 from train.cli import main
 from train.compose import compose
 from train.errors import ConfigError
@@ -19,6 +19,7 @@ from train.plan.hardware import device_of, table
 from train.plan.layout import Layout
 from train.plan.load import Skew, seen, skews_of
 from train.plan.memory import memory_of
+from train.plan.refusal import refuse_too_large
 from train.plan.search import best
 from train.plan.seconds import flops_per_token, step_of
 from train.plan.verb import compose_plan
@@ -203,6 +204,28 @@ print("torch" in sys.modules, "transformers" in sys.modules)
     assert plan["step"]["seconds"] == pytest.approx(sum(plan["step"]["parts"].values()))
     assert (tmp_path / "plan" / "plots" / "plan.png").stat().st_size > 10_000
     assert read_json(tmp_path / "plan" / "exit.json")["code"] == 0
+
+
+LARGE = ("model.hidden_size=8192", "model.intermediate_size=32768", "model.num_hidden_layers=64")
+
+
+def test_a_run_that_cannot_fit_this_machine_ends_with_2_and_figures_and_may_be_started_all_the_same(tmp_path, capsys):
+    # 64 layers of 8 experts of 3 x 8192 x 32768: 412 B parameters, 7 TB with gradients, masters and moments in bf16
+    assert run_small(tmp_path / "run", *LARGE, "train.precision=bf16") == 2
+    said = capsys.readouterr().err
+    assert re.search(r"cannot fit: a process needs about (\d+)\.\d GB", said), said
+    assert "plan.check=false" in said
+    assert read_json(tmp_path / "run" / "exit.json")["code"] == 2
+    config = compose([*SMALL, *LARGE, "plan.check=false"]).config
+    refuse_too_large(config, 1, 1e9, on_gpu=False)
+
+
+def test_nothing_is_refused_that_only_may_not_fit():
+    config = compose(["recipe=pretrain_tiny"]).config
+    needed = memory_of(Layout(config, 1, on_gpu=False), EVEN).peak
+    refuse_too_large(config, 1, 0.9 * needed, on_gpu=False)
+    with pytest.raises(ConfigError, match="cannot fit"):
+        refuse_too_large(config, 1, 0.8 * needed, on_gpu=False)
 
 
 @pytest.mark.parametrize(

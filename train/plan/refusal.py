@@ -1,0 +1,42 @@
+"""What a start refuses: a layout that cannot fit the memory that each process has."""
+
+from train.config import PROBLEMS, Config
+from train.errors import ConfigError
+from train.plan.layout import Layout
+from train.plan.load import Skew
+from train.plan.memory import Memory, memory_of
+
+GB = 1e9
+WORST = 0.12
+"""Share by which this arithmetic was ever too high, as bench/plan.py measured: so much less is not refused."""
+WHATEVER_THE_ROWS = ("start", "reduction", "step")
+
+
+def refuse_too_large(config: Config, processes: int, available: float, *, on_gpu: bool) -> None:
+    """Refuses a run that would end for want of memory, with its load even and the arithmetic at its worst.
+
+    Args:
+        config: of the run.
+        processes: in all.
+        available: bytes of the device of each process, or its share of its host's memory.
+        on_gpu: whether that is a GPU.
+
+    Raises:
+        ConfigError: with the figures, and what to do.
+    """
+    if not config.plan.check:
+        return
+    layout = Layout(config, processes, on_gpu)
+    memory = memory_of(layout, Skew())
+    if config.data.format in PROBLEMS or not config.data.packing or config.parallel.dispatch != "dropless":
+        state = {moment: memory.moments[moment] for moment in WHATEVER_THE_ROWS}  # the rows may be shorter, or fewer
+        memory = Memory(state, memory.host)
+    least = (1 - WORST) * memory.peak
+    if least > available:
+        parts = ", ".join(f"{size / GB:.1f} {kind}" for kind, size in memory.parts.items() if size > 0.05 * memory.peak)
+        where = "its GPU has" if on_gpu else "its share of the host's memory is"
+        raise ConfigError(
+            f"the layout cannot fit: a process needs about {memory.peak / GB:.1f} GB ({parts}), and {where} "
+            f"{available / GB:.1f} GB. `cierzo plan` with the same words and plan.search=true names layouts that fit; "
+            "plan.check=false starts it all the same"
+        )
