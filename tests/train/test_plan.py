@@ -11,7 +11,7 @@ from mixtral import MixtralConfig
 from mixtral.weights.names import unwrapped
 from tests.train.helpers import SMALL, read_json, run_small
 from train.cli import main
-from train.compose import compose
+from train.compose import compose, recipes
 from train.errors import ConfigError
 from train.lora import trainable_model
 from train.plan.figures import figures_of
@@ -243,3 +243,18 @@ def test_what_cannot_be_planned_is_one_error(words, message, tmp_path, capsys):
     said = capsys.readouterr().err
     assert code == 2
     assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, path in recipes().items() if re.search("^# Needs", path.read_text(), re.MULTILINE)]
+)
+def test_a_recipe_fits_the_gpus_that_its_header_names_with_the_state_that_it_says(name):
+    text = recipes()[name].read_text()
+    gpus = int(re.findall(r"^# Needs (\d+) GPUs", text, re.MULTILINE)[0])
+    said = {part: float(figure) for part, figure in re.findall(r"^#   (\w+) .* = ([\d.]+) GB$", text, re.MULTILINE)}
+    figures = figures_of(planned(f"recipe={name}", processes=gpus), device_of(compose_plan(FULL).config.plan))
+    assert figures.fits
+    for part in ("masters", "moments"):
+        assert figures.high.moments["step"][part] / GB == pytest.approx(said[part], abs=0.01)
+    adapters = 0.25 if figures.layout.config.lora.rank else 0.0  # which the header leaves out of the weights
+    assert said["weights"] - 0.01 < figures.high.moments["step"]["weights"] / GB < said["weights"] + 0.01 + adapters
