@@ -57,7 +57,7 @@ def attention() -> float:
 
 def elementwise() -> float:
     """Bytes/s of an operation that reads two tensors and writes a third one, in memory that is new to it."""
-    left, right = torch.randn(2**22), torch.randn(2**22)
+    left, right = torch.randn(2**24), torch.randn(2**24)  # so large that each result gets new pages
     return 3 * left.nbytes / seconds_of(lambda: left * right)
 
 

@@ -78,6 +78,7 @@ def step_of(layout: Layout, device: Device, skew: Skew) -> Step:
         hidden = min(exposed, sum(parts.values()))
         exposed -= hidden
     parts["ZeRO traffic"] = exposed
+    parts["gradients"] = gradients(layout, device)
     parts["optimizer"], parts["offload"] = optimizer(layout, device)
     return Step(parts, hidden, layout.tokens_of_step, flops_per_token(layout) * layout.tokens_of_step)
 
@@ -174,6 +175,19 @@ def zero_traffic(layout: Layout, device: Device) -> tuple[float, float]:
         elif layout.zero:
             gathered += layout.bytes * trained * once
     return reduced, gathered
+
+
+def gradients(layout: Layout, device: Device) -> float:
+    """Seconds of a step in which gradients are copied within a process, each copy being read and written.
+
+    DeepSpeed copies them into its bucket, divides that, and takes it into pieces to be summed; then it copies what a
+    process owns out of it, twice, and takes its norm in fp64. DistributedDataParallel copies them into buckets once.
+    """
+    passes, several = layout.config.train.gradient_accumulation_steps, layout.processes > 1
+    copies = {0: 2 if several else 0, 1: 2 + several, 2: 2 + several, 3: 2 + 2 * several}[layout.zero]
+    once = 2 * FP32 * copies * layout.trained_here + (2 * 2 * FP32 + 12) * layout.trained_owned * (layout.zero > 0)
+    crowd = 1.0 if device.is_gpu else max(1.0, layout.processes / device.per_host)
+    return crowd * (passes if layout.zero > 1 else 1) * once / (device.efficiency.memory * device.bandwidth)
 
 
 def optimizer(layout: Layout, device: Device) -> tuple[float, float]:
