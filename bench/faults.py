@@ -1,7 +1,9 @@
-"""`python -m bench.faults [--quick] [--seed N] [--out FILE]`: a campaign of real faults; any loss ends it with 1.
+"""`python -m bench.faults [--quick | --full] [--seed N] [--out FILE]`: real faults; any loss ends it with 1.
 
-Kills at random moments and before every sub-step of a save, damage to every kind of file, requests to stop, gradients
-that are not finite, and a long clean run. What a run ends with is compared bit by bit with the run that nothing hit.
+Kills at random moments and before every sub-step of a save, damage to every kind of file, requests to stop, to one
+process and to torchrun, gradients that are not finite, and a long clean run. What a run ends with is compared bit by
+bit with the run that nothing hit. With --full, besides, runs go on in each other's layout: all of them, or as many as
+--transitions says.
 """
 
 import argparse
@@ -22,14 +24,16 @@ from pathlib import Path
 
 import torch
 
-from tests.train.helpers import SMALL, write_corpus
-from train.checkpoint.find import find
+from tests.multiprocess.layouts import LAYOUTS, TOLERANCES, cross
+from tests.train.helpers import SMALL, metrics, read_json, torchrun, write_corpus
+from train.checkpoint.find import find, listed, read_name
 from train.config import Config, TrainConfig
 from train.errors import CheckpointError, NumericsError
 from train.model import empty_model, initial_weights
 from train.parallel.replicated import ReplicatedEngine
 
 STEPS, EVERY = 240, 20
+LATE = 60  # so many steps before the last one a request to stop is certain to be met
 FIGURES = ("step", "tokens", "loss", "grad_norm", "router_loss", "eval_loss")
 COUNTS = {  # quick, whole
     "kills": (6, 50),
@@ -69,10 +73,11 @@ class Campaign:
         home: an empty folder.
         seed: of every choice.
         quick: whether to try fewer.
+        transitions: how many runs go on in another layout.
     """
 
-    def __init__(self, home: Path, seed: int, quick: bool) -> None:
-        self.home, self.draw, self.quick = home, random.Random(seed), quick
+    def __init__(self, home: Path, seed: int, quick: bool, transitions: int) -> None:
+        self.home, self.draw, self.quick, self.transitions = home, random.Random(seed), quick, transitions
         self.corpus = write_corpus(home / "corpus.jsonl")
         self.whole = home / "whole"
         assert self.run(self.whole) == 0
@@ -87,15 +92,19 @@ class Campaign:
         own += [f"data.path={self.corpus}", "evaluate.sample_tokens=0", "model.attention_dropout=0.1"]
         return [*SMALL, *own, f"run.dir={folder}", *words]
 
-    def start(self, folder: Path, *words: str) -> "subprocess.Popen[bytes]":
-        """Starts a run in a process of its own."""
+    def start(self, folder: Path, *words: str, processes: int = 1) -> "subprocess.Popen[bytes]":
+        """Starts a run in a process of its own, or in two that share the experts out, under torchrun."""
+        launcher = [sys.executable]
+        if processes == 2:
+            launcher = torchrun(2)
+            words = (*words, "parallel.expert=2", "parallel.zero=2", "train.micro_batch_size=2")
         with (self.home / "log").open("ab") as log:
-            command = [sys.executable, "-m", "train", *self.words(folder, *words)]
+            command = [*launcher, "-m", "train", *self.words(folder, *words)]
             return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    def run(self, folder: Path, *words: str) -> int:
+    def run(self, folder: Path, *words: str, processes: int = 1) -> int:
         """Runs to the end; returns the exit code."""
-        return self.start(folder, *words).wait()
+        return self.start(folder, *words, processes=processes).wait()
 
     def interrupt(self, folder: Path, number: signal.Signals) -> int:
         """Signals a run at a random moment after it has logged; returns its exit code."""
@@ -107,13 +116,34 @@ class Campaign:
         process.send_signal(number)
         return process.wait()
 
-    def same(self, folder: Path) -> bool:
-        """Whether a run ended as the one that nothing hit, bit by bit."""
-        rows, last = [], f"checkpoints/step-{STEPS:08d}/rank-00000.safetensors"
-        for run in (self.whole, folder):
-            lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            rows.append([[json.loads(line).get(name) for name in FIGURES] for line in lines])
-        return rows[0] == rows[1] and (self.whole / last).read_bytes() == (folder / last).read_bytes()
+    def tell(self, folder: Path, processes: int) -> bool:
+        """Asks a run to stop at a random step; returns whether that came in time, well before its last step."""
+        process, moment = self.start(folder, processes=processes), self.draw.randrange(5, STEPS - LATE)
+        while process.poll() is None and last_step(folder) < moment:
+            time.sleep(0.002)
+        time.sleep(self.draw.uniform(0.0, 0.05))
+        in_time = process.poll() is None and last_step(folder) <= STEPS - LATE
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        return in_time
+
+    def same(self, folder: Path, whole: Path | None = None) -> bool:
+        """Whether a run ended as one that nothing hit, bit by bit."""
+        ends = []
+        for run in (whole or self.whole, folder):
+            rows = [[row.get(name) for name in FIGURES] for row in metrics(run)]
+            files = sorted((run / "checkpoints" / f"step-{STEPS:08d}").glob("rank-*.safetensors"))
+            ends.append((rows, [path.read_bytes() for path in files]))
+        return ends[0] == ends[1]
+
+
+def last_step(folder: Path) -> int:
+    """Reads the last step that a run has logged whole; -1 where there is none."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError:
+        return -1
+    return json.loads(lines[-1])["step"] if lines else -1
 
 
 def kills(campaign: Campaign, outcome: Outcome) -> None:
@@ -179,15 +209,44 @@ def damages(campaign: Campaign, outcome: Outcome) -> None:
 
 
 def requests(campaign: Campaign, outcome: Outcome) -> None:
-    """Asks runs to stop by SIGTERM; each saves its step, exits with 75 and, started again, ends the same."""
-    for number in range(campaign.count("requests to stop")):
-        folder = campaign.home / f"told-{number}"
-        code = campaign.interrupt(folder, signal.SIGTERM)
-        if code == 0:
-            continue  # it had ended before
+    """Asks runs to stop by SIGTERM, every other one by its launcher.
+
+    All processes of a run save one step, it ends with 75 and, started again, as the one that nobody told.
+    """
+    whole, wanted = campaign.home / "whole-2", campaign.count("requests to stop")
+    assert campaign.run(whole, processes=2) == 0
+    for number in range(2 * wanted):
+        folder, processes = campaign.home / f"told-{number}", 1 + outcome.tried % 2
+        if outcome.tried == wanted:
+            break
+        if not campaign.tell(folder, processes):
+            continue  # the request came too late to be one
         outcome.tried += 1
-        outcome.expect(code == 75, f"{folder.name} exited with {code}")
-        outcome.expect(campaign.run(folder) == 0 and campaign.same(folder), f"{folder.name} ends otherwise")
+        ended, (step, saved) = read_json(folder / "exit.json"), listed(folder / "checkpoints")[0]
+        told = f"stopped by SIGTERM after step {step}, which is saved"
+        outcome.expect((ended["code"], ended["message"]) == (75, told), f"{folder.name} ended with {ended}")
+        ranks = len(list(saved.glob("rank-*.safetensors")))
+        whole_save = ranks == processes and read_name(folder / "checkpoints" / "latest") == saved.name
+        outcome.expect(whole_save, f"{saved} is not what all processes saved last")
+        ends_alike = campaign.run(folder, processes=processes) == 0
+        ends_alike = ends_alike and campaign.same(folder, whole if processes == 2 else None)
+        outcome.expect(ends_alike, f"{folder.name} ends otherwise")
+    outcome.expect(outcome.tried == wanted, f"only {outcome.tried} requests came in time")
+
+
+def resumes(campaign: Campaign, outcome: Outcome) -> None:
+    """Goes on in each other's layout; every other transition in bf16."""
+    count = len(LAYOUTS)
+    every = [(one, other) for one in range(count) for other in range(count) if one != other]
+    corpus = write_corpus(campaign.home / "short.jsonl", documents=24)
+    chosen = sorted(campaign.draw.sample(every, min(campaign.transitions, len(every))))
+    for parity, precision in enumerate(TOLERANCES):
+        pairs = [(LAYOUTS[one], LAYOUTS[other]) for one, other in chosen if (one + other) % 2 == parity]
+        (campaign.home / precision).mkdir()
+        for problems in cross(campaign.home / precision, corpus, precision, pairs):
+            outcome.tried += 1
+            for problem in problems:
+                outcome.expect(False, f"{precision}, {problem}")
 
 
 def poisoned(campaign: Campaign, outcome: Outcome) -> None:
@@ -233,14 +292,16 @@ PARTS: dict[str, Callable[[Campaign, Outcome], None]] = {
     "SIGKILL in a save": sub_steps,
     "damaged files": damages,
     "SIGTERM": requests,
+    "other layouts": resumes,
     "NaN or Inf in a gradient": poisoned,
     "clean steps": clean,
 }
 
 
-def conduct(campaign: Campaign) -> Iterator[Outcome]:
-    """Goes through the parts."""
-    for name, part in PARTS.items():
+def conduct(campaign: Campaign, names: list[str]) -> Iterator[Outcome]:
+    """Goes through parts of the campaign."""
+    for name in names:
+        part = PARTS[name]
         outcome, started = Outcome(name), time.perf_counter()
         part(campaign, outcome)
         outcome.seconds = round(time.perf_counter() - started, 1)
@@ -251,14 +312,18 @@ def main() -> int:
     """Prints a row for each part; returns 1 where anything was lost."""
     words = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__)
     words.add_argument("--quick", action="store_true", help="fewer of each: minutes")
+    words.add_argument("--full", action="store_true", help="besides, runs go on in each other's layout")
+    words.add_argument("--only", choices=list(PARTS), action="append", help="this part alone; may be given again")
+    words.add_argument("--transitions", type=int, default=len(LAYOUTS) ** 2, help="at most so many of these, drawn")
     words.add_argument("--seed", type=int, default=0, help="of every choice")
     words.add_argument("--out", type=Path, help="JSON file for the outcomes")
     options = words.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    names = options.only or [name for name in PARTS if options.full or PARTS[name] is not resumes]
     outcomes = []
     with tempfile.TemporaryDirectory() as home:
         print(f"seed {options.seed}\n| fault | tried | lost | seconds |\n|---|---|---|---|", flush=True)
-        for outcome in conduct(Campaign(Path(home), options.seed, options.quick)):
+        for outcome in conduct(Campaign(Path(home), options.seed, options.quick, options.transitions), names):
             print(f"| {outcome.name} | {outcome.tried} | {len(outcome.losses)} | {outcome.seconds} |", flush=True)
             outcomes.append(outcome)
     for outcome in outcomes:
