@@ -274,6 +274,12 @@ class TrainConfig:
         "log: the step of a spike is taken; skip: it is skipped like one that is not finite",
         choices=("log", "skip"),
     )
+    check_replicas_every: int | None = key(
+        100,
+        "steps between comparisons, by a hash, of what several processes hold alike; also made before each save; a "
+        "flipped bit ends the run with code 5, naming tensor and process; null makes none",
+        minimum=1,
+    )
 
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}  # what an optimizer keeps of each element it updates

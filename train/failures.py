@@ -68,8 +68,7 @@ class Failures:
             raise NumericsError(f"{what}: nothing was updated; {count}; lower optim.lr or look at the data; {batches}")
 
     def _rows(self, rank: int, step: int) -> list[range]:
-        share = self._share
-        return Share(rank, share.world_size, share.micro_batch_size, share.accumulation).rows(step - 1)
+        return Share.of(self._config.train, rank, self._share.world_size).rows(step - 1)
 
     def _keep(self, step: int, skip: Skip, micro_batches: Sequence[AnyBatch], lr: float) -> str | None:
         """Writes the batch of this process, if it is to be kept; says where, or why not."""

@@ -8,6 +8,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from train.config import TrainConfig
+from train.parallel.replicas import Replicas
 
 WINDOW, LEAST = 100, 20  # steps that a loss is compared with
 NORMAL = 1.4826  # standard deviations of a normal distribution in its median deviation
@@ -31,6 +32,7 @@ class Guard:
 
     Args:
         config: says how many may be, and what a spike is.
+        replicas: what processes hold alike, compared before an update.
 
     Attributes:
         most: in a row, of the configuration.
@@ -39,7 +41,8 @@ class Guard:
         alarm: what is to be said of the step judged last, if it is a spike.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, replicas: Replicas | None = None) -> None:
+        self._replicas = replicas
         self.most, self._highest = config.max_skipped_steps, config.spike_zscore
         self._skips_spikes = config.on_spike == "skip"
         self.skipped = self.in_a_row = 0
@@ -58,7 +61,12 @@ class Guard:
             loss: of all processes.
             faults: of each process, whether there is anything not finite in its loss, in the gradient that it
                 computed, and in the one that it would step with. One leads to the next, on other processes too.
+
+        Raises:
+            NumericsError: see `Replicas.compare`.
         """
+        if self._replicas:
+            self._replicas.begin_update()
         self.alarm = ""
         for number, what in enumerate(("the loss is", "the gradient is", "the gradient of all processes is")):
             ranks = tuple(rank for rank, found in enumerate(faults) if found[number])

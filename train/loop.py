@@ -26,6 +26,7 @@ from train.observe.observer import Observer
 from train.optim import learning_rate
 from train.parallel.engine import Engine
 from train.parallel.exchange import Traffic
+from train.parallel.replicas import Replicas
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ def train(
 
     Raises:
         Preempted: on every process, once a SIGTERM was met by a checkpoint.
-        NumericsError: on every process, once too many steps in a row were skipped.
+        NumericsError: on every process, once too many steps in a row were skipped, or when what several processes hold
+            alike is not.
     """
-    share = Share(
-        engine.rank, engine.world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps
-    )
+    share = Share.of(config.train, engine.rank, engine.world_size)
     coefficients = Coefficients.of(config)
     balance = Balance(engine.module, config.train.router_bias_rate, engine.device)
-    guard = Guard(config.train)
+    replicas = Replicas(engine, config.train.check_replicas_every, checkpoints.step)
+    guard = Guard(config.train, replicas)
     failures = Failures(engine, config, data, share, observer, guard)
     parts: dict[str, Part] = {"router": balance, "figures": observer, "best": evaluations.best, "guard": guard}
     for name, part in parts.items():
@@ -125,6 +126,7 @@ def train(
                     ending = bool(evaluated) and evaluations.hear(step, evaluated)
             ending |= step == max_steps
             if stopping or checkpoints.is_due(step, last=ending):
+                replicas.compare()
                 checkpoints.save(step, wait=stopping or ending)
             else:
                 checkpoints.poll()
@@ -159,6 +161,9 @@ def train_step(
         coefficients: of the objective.
         load_LE: of the step before.
         guard: which judges whether it is taken.
+
+    Raises:
+        NumericsError: see `Replicas.compare`.
     """
     parts, size = accumulate(engine, micro_batches, coefficients, load_LE)
     traffic, faults = exchange(engine, torch.stack([part.loss(coefficients) for part in parts]))

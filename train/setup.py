@@ -132,8 +132,7 @@ def number_of_steps(config: Config, data: Data, world_size: int) -> int:
     if config.train.max_steps is not None:
         return config.train.max_steps
     assert data.rows is not None
-    share = Share(0, world_size, config.train.micro_batch_size, config.train.gradient_accumulation_steps)
-    return -(-len(data.rows) // share.rows_per_step)
+    return -(-len(data.rows) // Share.of(config.train, 0, world_size).rows_per_step)
 
 
 def _device_name(device: torch.device) -> str:

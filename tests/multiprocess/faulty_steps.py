@@ -49,6 +49,12 @@ def faults_of_another_sum(engine):
     return type(engine).faults(engine)
 
 
+def faults_beside_a_flipped_bit(engine, name):
+    flat = dict(engine.replicas())[name].detach().view(-1)
+    flat.view({2: torch.int16, 4: torch.int32}[flat.element_size()])[7] ^= 1 << 3
+    return type(engine).faults(engine)
+
+
 def held(engine):
     """Copies of all that a step may change, on this process."""
     tensors = [tensor for _, tensor in engine.local("weights")] + [item.values for item in engine.state.slices()]
@@ -65,6 +71,8 @@ def watched_step(engine, *inputs):
         engine.faults = lambda: torch.zeros(2, dtype=torch.bool)
     if kind == "reduced":  # what should be the same on all processes is not
         engine.faults = lambda: faults_of_another_sum(engine)
+    if kind.startswith("flip "):
+        engine.faults = lambda: faults_beside_a_flipped_bit(engine, kind.removeprefix("flip "))
     result = train_step(engine, *inputs)
     for hook in hooks:
         hook.remove()

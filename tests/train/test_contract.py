@@ -41,6 +41,7 @@ NAMES = {
     "masters that were read at ZeRO-3": (DeepSpeedZeroOptimizer_Stage3, "_reassign_or_swap_out_partitioned_parameters"),
     "weights in parts before that": (DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_prologue"),
     "small weights whole again after it": (DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_epilogue"),
+    "which weights are whole at ZeRO-3": (partition_parameters, "ZeroParamStatus"),
     "kernels that need no compiler": (deepspeed.ops, "__compatible_ops__"),
     "a timeout after the meeting": (dist.distributed_c10d, "_set_pg_timeout"),
 }

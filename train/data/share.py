@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from train.config import TrainConfig
+
 
 @dataclass(frozen=True)
 class Share:
@@ -15,6 +17,11 @@ class Share:
     world_size: int
     micro_batch_size: int
     accumulation: int = 1
+
+    @classmethod
+    def of(cls, config: TrainConfig, rank: int, world_size: int) -> "Share":
+        """Gives a process's, as a run divides its steps."""
+        return cls(rank, world_size, config.micro_batch_size, config.gradient_accumulation_steps)
 
     @property
     def rows_per_step(self) -> int:

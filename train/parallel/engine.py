@@ -166,6 +166,14 @@ class Engine(ABC):
         Every process must go through it; gradients are there between the last `backward` and `step`.
         """
 
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields what processes hold alike between two updates, in the same order on all: weights, frozen ones too.
+
+        Of what is split, such as experts, only those processes do that hold the same part.
+        """
+        for name, parameter in self.module.named_parameters():
+            yield unwrapped(name), parameter
+
     def pieces(self, kind: Kind = "weights") -> Iterator[Piece]:
         """Yields the whole model, or what `local` says, to the main process; every process must go through it."""
         return self.whole(self.local(kind))

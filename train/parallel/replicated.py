@@ -105,6 +105,11 @@ class ReplicatedEngine(Engine):
         self.accelerator.free_memory()
         super().close(wait=wait)
 
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        yield from super().replicas()
+        for name, master in self._masters.by_name.items() if self._masters else ():
+            yield f"the master of {name}", master
+
     def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         if kind == "weights":
             parameters = {unwrapped(name): parameter for name, parameter in self.module.named_parameters()}

@@ -8,6 +8,7 @@ import deepspeed
 import torch
 from accelerate import DeepSpeedPlugin
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
@@ -139,6 +140,13 @@ class ZeroEngine(Engine):
         for block in blocks:
             block.traffic.clear()
         return total
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        parameter: Any
+        for name, parameter in super().replicas():
+            whole = not hasattr(parameter, "ds_id") or parameter.ds_persist  # the small ones of ZeRO-3
+            if whole and getattr(parameter, "ds_status", None) in (None, ZeroParamStatus.AVAILABLE):
+                yield name, parameter
 
     def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         door = {"gradients": safe_get_full_grad, "masters": safe_get_full_fp32_param}.get(kind)
