@@ -1,9 +1,9 @@
 """The configuration: every file composes, every mistake is refused by its full key."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_choice_of_every_group_composes():
     choices = [(group, choice) for group, names in groups().items() for choice in names]
     assert len(choices) == 15
-    assert len(list(conf_folder().rglob("*.yaml"))) == len(choices) + 1
+    assert len(list(conf_folder().glob("*/*.yaml"))) == len(choices)
     for group, choice in choices:
         needed = ["data.path=x"] if choice in ("files", "hub") else []
         compose([f"{group}={choice}", "train.max_steps=1", *needed])
@@ -165,6 +165,12 @@ def test_text_needs_no_quotes_of_its_own(value):
     assert compose(["recipe=demo", f"data.path={value}"]).config.data.path == value
 
 
+def computed():
+    """Seconds that ended child processes computed; those that they waited for others say nothing of them."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
@@ -178,10 +184,10 @@ def test_text_needs_no_quotes_of_its_own(value):
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_help_and_mistakes_answer_in_seconds_without_torch(words, code, named):
-    started = time.perf_counter()
+    before = computed()
     command = [sys.executable, "-X", "importtime", "-m", "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert time.perf_counter() - started < 3
+    assert computed() - before < 3
     assert done.returncode == code
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "train.compose" in imported
