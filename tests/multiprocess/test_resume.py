@@ -96,6 +96,42 @@ def test_any_layout_takes_up_any_others_state_bit_by_bit_and_trains_on_alike(tmp
     assert [line for found in problems for line in found] == []
 
 
+UNEQUAL = {  # a last step whose rows are all one process's; steps in which most experts have no row
+    "an uneven end": ["train.max_steps=null", "train.epochs=1.4", "train.micro_batch_size=2"],
+    "idle experts": ["data.sequence_length=4", "model.num_experts_per_tok=1", "train.micro_batch_size=1"],
+}
+SPLIT = {
+    "an uneven end": ["parallel.expert=2", "parallel.zero=2"],
+    "idle experts": ["parallel.expert=2", "parallel.zero=3", "parallel.persistent_elements=0"],
+}
+TWICE = {"an uneven end": "train.micro_batch_size=4", "idle experts": "train.micro_batch_size=2"}
+
+
+def test_two_processes_with_unequal_work_go_on_and_end_as_one_does(tmp_path, corpus):
+    both, alone = [], []
+    for name, words in UNEQUAL.items():
+        words = ["train.max_steps=6", f"data.path={corpus}", "checkpoint.every=3", "optim.eps=1e-6", *words]
+        whole_run, died, single = (f"run.dir={tmp_path / kind / name}" for kind in ("whole", "died", "alone"))
+        both.append({"words": [*words, *SPLIT[name], whole_run]})
+        both.append({"words": [*words, *SPLIT[name], died], "dies_at": 5})
+        both.append({"words": [*words, *SPLIT[name], died]})
+        alone.append({"words": [*words, TWICE[name], single]})
+    assert launch_jobs(tmp_path, 2, both)[0] == [0, 99, 0] * 2
+    assert launch_jobs(tmp_path, 1, alone)[0] == [0, 0]
+    for name in UNEQUAL:
+        assert figures(tmp_path / "died" / name) == figures(tmp_path / "whole" / name)
+        random = read_json(next((tmp_path / "died" / name / "checkpoints").glob("step-*")) / "state.json")["random"]
+        assert random[0] != random[1]  # or both would drop the same
+        rows, expected = metrics(tmp_path / "died" / name), metrics(tmp_path / "alone" / name)
+        for row, other in zip(rows, expected, strict=True):
+            for figure in {"step", "tokens", "loss", "grad_norm", "router_loss", "eval_loss"} & other.keys():
+                assert row[figure] == pytest.approx(other[figure], rel=2e-5), (name, row["step"], figure)
+    tokens = [row["tokens"] for row in metrics(tmp_path / "died" / "an uneven end")[1:]]
+    assert tokens[-1] - tokens[-2] <= tokens[0] / 2
+    loads = [row["expert_load"] for row in metrics(tmp_path / "died" / "idle experts")[1:]]
+    assert all(min(layer) == 0 for load in loads for layer in load)
+
+
 def test_all_processes_stop_after_the_step_in_which_one_was_told_to_and_lose_nothing(tmp_path, corpus):
     """SIGTERM comes to the second process alone, in step 2 and, once gone on, in step 5, which is to be evaluated."""
     words = [f"data.path={corpus}", *EVERY, "parallel.zero=2", "parallel.expert=2", "train.precision=bf16"]

@@ -1,20 +1,24 @@
 """What dies, is damaged, full, changed or planted: each a real fault, and what a run then does."""
 
+import itertools
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
 
 import pytest
+import torch
 
 from tests.multiprocess.many_runs import run
 from tests.train.helpers import PYTHON, SMALL, kill_group, metrics, read_json, run_small, write_corpus
 from tests.train.test_checkpoint import figures, tensors
 from tests.warm import launch_ranks
+from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.durable import Written
 from train.checkpoint.find import find
 from train.checkpoint.manifest import render
@@ -127,11 +131,11 @@ def test_whatever_latest_says_the_newest_whole_checkpoint_is_taken(engine, died,
     assert "WARNING" in capsys.readouterr().out
 
 
-def plant(folder, name, content):
+def plant(folder, name, content, step=8):
     """Replaces a file of a checkpoint, and has the manifest say so."""
     (folder / name).write_bytes(content)
     files = {path.name: digest_of(path.read_bytes()) for path in folder.iterdir() if path.name != "manifest.json"}
-    (folder / "manifest.json").write_text(render(8, files))
+    (folder / "manifest.json").write_text(render(step, files))
 
 
 class Planted:
@@ -241,6 +245,51 @@ def test_allowed_changes_are_listed_and_a_longer_run_goes_on_from_a_finished_one
     assert read_json(tmp_path / "longer" / "summary.json")["steps"] == 10
 
 
+def test_a_checkpoint_of_other_versions_is_gone_on_from_with_a_warning(died, finished, corpus, capsys):
+    shutil.rmtree(died / "checkpoints" / "step-00000008")
+    older = died / "checkpoints" / "step-00000006"
+    state = read_json(older / "state.json")
+    state["versions"] |= {"torch": "1.0", "gone": "7"}
+    plant(older, "state.json", json.dumps(state).encode(), step=6)
+    assert run_small(died, f"data.path={corpus}", *STEPS) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING") and " is of " in line]
+    assert [re.search(r"is of (\S+ \S+), here is (\S+):", line).groups() for line in said] == [
+        *(("torch 1.0", torch.__version__), ("gone 7", "None")),
+    ]
+    assert figures(died) == figures(finished)
+
+
+def test_a_clock_that_jumps_changes_neither_what_is_kept_nor_a_duration(corpus, finished, tmp_path, monkeypatch):
+    """By days, in both directions, and from one time zone to another; the oldest checkpoint seems the newest."""
+    jumps = itertools.cycle([0.0, 86_400.0, -200_000.0, 5e8])
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    save, folder = Checkpoints.save, tmp_path / "run"
+
+    def save_elsewhere(self, step, **options):
+        save(self, step, **options)
+        monkeypatch.setenv("TZ", f"somewhere{step - 4:+d}")
+        time.tzset()
+        for path in folder.glob("checkpoints/step-*"):
+            os.utime(path, (2e9 - 1e6 * int(path.name[5:]),) * 2)
+
+    monkeypatch.setattr(Checkpoints, "save", save_elsewhere)
+    words = [f"data.path={corpus}", "evaluate.sample_tokens=0", "train.max_steps=8", f"run.dir={folder}"]
+    words += ["checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3"]
+    try:
+        assert run(words, dies_at=6) == 99
+        assert sorted(path.name for path in folder.glob("checkpoints/step-*")) == [f"step-{n:08d}" for n in (3, 4, 5)]
+        assert run(words) == 0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert sorted(path.name for path in folder.glob("checkpoints/step-*")) == [f"step-{n:08d}" for n in (3, 6, 7, 8)]
+    assert figures(folder) == figures(finished)
+    for row in metrics(folder)[1:]:
+        assert row["tokens_per_second"] > 0
+        assert 0 <= row["data_wait_fraction"] <= 1
+
+
 def test_other_data_under_the_same_name_ends_with_three(died, finished, corpus, tmp_path, capsys):
     corpus = shutil.copy(corpus, tmp_path / "corpus.jsonl")
     words = [f"data.path={corpus}", *STEPS]
@@ -273,8 +322,6 @@ def test_a_run_that_saved_nothing_starts_over_loudly_and_keeps_its_rows(corpus, 
 
 
 def test_last_every_so_manieth_and_best_checkpoints_are_kept(corpus, tmp_path, monkeypatch):
-    from train.checkpoint.checkpoints import Checkpoints
-
     save = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, wait: save(self, step, best=step == 3, wait=wait))
     words = ["checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4", "train.max_steps=10"]

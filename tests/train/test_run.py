@@ -232,6 +232,15 @@ def test_a_tokenizer_larger_than_the_embedding_ends_with_two(corpus, tmp_path):
     assert "model.vocab_size" in read_json(tmp_path / "run" / "exit.json")["message"]
 
 
+def test_a_token_out_of_range_ends_with_three_before_the_first_step(tmp_path, capsys):
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"input_ids": [1, 2, 3, 4]}\n{"input_ids": [1, 2, 32000]}\n')
+    words = ["data.tokenizer=mixtral", "model.vocab_size=32000", f"data.held_out_path={path}"]
+    assert run_small(tmp_path / "run", f"data.path={path}", *words) == 3
+    assert "ids.jsonl:2: token out of range: 32000" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_folder_that_cannot_be_written_ends_with_six(corpus, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     assert run_small(tmp_path / "file" / "run", f"data.path={corpus}") == 6

@@ -123,11 +123,9 @@ class Checkpoints:
         if self._folder:
             processes = state["processes"], self._engine.world_size
             differences += [f"processes {processes[0]} -> {processes[1]}"] if processes[0] != processes[1] else []
-            differences += [
-                f"{name} {version} -> {_versions()[name]}"
-                for name, version in state["versions"].items()
-                if version != _versions()[name]
-            ]
+            for name, version in state["versions"].items():
+                if version != (here := _versions().get(name)):
+                    print(f"WARNING: {found.folder} is of {name} {version}, here is {here}: what follows may differ")
             changed = f"; changed: {', '.join(differences)}" if differences else ""
             print(f"goes on after step {state['step']} from {found.folder}{changed}", flush=True)
 
