@@ -177,6 +177,8 @@ def _reduction(layout: Layout, state: dict[str, float]) -> dict[str, float]:
     copied = min(max(groups, default=0) if split else trained, BUCKET) if several else 0
     if layout.zero == 3:
         parts["communication"] += FP32 * copied * (1 if layout.on_gpu else 2)  # gloo sums a copy of its own
+        ends = [weight for weight in layout.weights if weight.name.startswith(("model.embed_tokens.", "lm_head."))]
+        parts["communication"] += b * sum(map(layout.here, ends))  # which are whole until the pass is over
     elif b < FP32:
         parts["communication"] += (b + FP32) * copied  # the bucket, in pieces, and these in fp32
     else:
