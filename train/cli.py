@@ -19,6 +19,7 @@ usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
        torchrun --nproc_per_node N -m train.verify ...    (compares the layout with one process)
        cierzo evaluate ...    (held-out figures of model.init_from, or of several models: evaluate.compare=[A,B])
        cierzo plan ... [plan.gpu=h100-80g plan.gpus=16 plan.search=true]    (memory and time, before there is a machine)
+       cierzo generate ...    (text from model.init_from: generate.prompt=TEXT, generate.prompts=FILE, or a chat)
        cierzo inspect_data ...    (checks and describes the data of a recipe; trains nothing)
        cierzo convert --input_dir FOLDER --output_dir FOLDER    (weights; see cierzo convert --help)
        cierzo export adapter=FOLDER output_dir=FOLDER    (merges an adapter into its base; see cierzo export --help)
@@ -26,7 +27,7 @@ usage: cierzo train [recipe=NAME_OR_PATH] [GROUP=CHOICE ...] [KEY=VALUE ...]
 
 The recipe is applied after the defaults, the command line last.
 """
-VERBS = ("train", "verify", "evaluate", "inspect_data", "plan", "convert", "export", "keys")
+VERBS = ("train", "verify", "evaluate", "generate", "inspect_data", "plan", "convert", "export", "keys")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         report(error, met=False)
         return error.code
+    return _run(verb, composed, models)
+
+
+def _run(verb: str, composed: "Composed", models: "dict[str, Composed]") -> int:
+    """Does what a verb does with processes; returns the exit code."""
     from train.run import run
 
     if verb == "verify":
@@ -79,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         configs = {name: model.config for name, model in models.items()}
         return run(composed, lambda engine, folder, _: evaluation(engine, folder, configs))
+    if verb == "generate":
+        from train.generate.verb import generation
+
+        return run(composed, generation, in_folder=False)
     return run(composed)
 
 
@@ -106,12 +116,26 @@ def _compose(verb: str, words: Sequence[str]) -> "Composed":
     from train.compose import compose
     from train.config import check_training
 
+    if verb == "generate":
+        return _writing(words)
     composed = compose(words)
     if verb == "train":
         check_training(composed.config)
     else:
         composed.config.checkpoint.resume = "never"  # a proof begins anew
     _check_place(composed)
+    return composed
+
+
+def _writing(words: Sequence[str]) -> "Composed":
+    """Composes the configuration of a model that writes, likewise."""
+    from train.config import check_generation
+    from train.evaluate.models import find_model
+    from train.parallel.launcher import check_launch, number_of_processes
+
+    composed = find_model(words, "generate")
+    check_generation(composed.config, can_chat=sys.stdin.isatty() and number_of_processes() == 1)
+    check_launch(composed.config)
     return composed
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from train.config import Config, SourceConfig, check, keys, nearest
+from train.config import PROBLEMS, Config, SourceConfig, check, keys, nearest
 from train.errors import ConfigError
-from train.inherit import inherit, inherit_adapter, inherit_adapter_labels
+from train.inherit import inherit, inherit_adapter, inherit_adapter_labels, inherit_adapter_tokenizer
 
 SECTIONS: dict[str, set[str]] = {section.name: set() for section in dataclasses.fields(Config)}
 for _key in keys():
@@ -93,8 +93,9 @@ def compose(argv: Sequence[str]) -> Composed:
     if config.model.init_from is not None:
         inherit(config, explicit)
     if config.lora.init_from is not None:
-        inherit_adapter(config.lora, explicit)
+        inherit_adapter(config.lora, explicit, classifier=config.data.format in PROBLEMS)
         inherit_adapter_labels(config)
+        inherit_adapter_tokenizer(config, explicit)
     check(config)
     return Composed(config=config, recipe=name, overrides=list(argv))
 

@@ -417,6 +417,31 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """The verb `generate`, which writes text."""
+
+    prompt: str | None = key(None, "a text that is gone on from; what follows is shown as it comes")
+    prompts: str | None = key(
+        None,
+        "a file of prompts instead: rows {prompt}, a text or a list of messages, which the chat template writes; what "
+        "else is in a row goes into its result",
+    )
+    output: str | None = key(
+        None, "a file for the results, as lines of JSON; by default those of a file go to standard output"
+    )
+    chat: bool = key(False, "whether a prompt that is a text is the message of a user, which the chat template writes")
+    max_new_tokens: int = key(256, "bound on what is written for a prompt, in tokens", minimum=1)
+    temperature: float = key(
+        0.7, "the logits are divided by it; 0 takes the likeliest token, whatever top_k and top_p say", minimum=0
+    )
+    top_k: int | None = key(None, "so many of the likeliest tokens may be drawn; null: any", minimum=1)
+    top_p: float = key(
+        1.0, "the likeliest tokens that have this share of the probability may be drawn", above=0, maximum=1
+    )
+    batch_size: int = key(8, "prompts per process and forward pass", minimum=1)
+
+
+@dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     """What is saved of a run, so that it goes on after any death."""
 
@@ -492,6 +517,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
@@ -579,6 +605,7 @@ def check(config: Config) -> None:
     _check_parallel(config)
     _check_run(config)
     _check_best(config)
+    _check_generate(config.generate)
     _check_trained(config)
 
 
@@ -766,6 +793,19 @@ def _check_best(config: Config) -> None:
     )
 
 
+def _check_generate(generate: GenerateConfig) -> None:
+    path, output = generate.prompts, generate.output
+    _refuse(
+        path is not None and generate.prompt is not None,
+        "generate.prompt and generate.prompts are both given: leave one of them out",
+    )
+    _refuse(path is not None and not Path(path).expanduser().is_file(), f"generate.prompts={path}: no such file")
+    _refuse(
+        output is not None and not Path(output).expanduser().parent.is_dir(),
+        f"generate.output={output}: there is no such folder",
+    )
+
+
 def words_of(text: str) -> tuple[str, ...]:
     """Takes apart what has commas between."""
     return tuple(word for part in text.split(",") if (word := part.strip()))
@@ -835,6 +875,36 @@ def check_training(config: Config) -> None:
     _refuse(
         config.lora.rank > 0 and config.model.init_from is None,
         f"lora.rank={config.lora.rank} adapts given weights: set model.init_from",
+    )
+
+
+def check_generation(config: Config, *, can_chat: bool) -> None:
+    """Refuses what is no prompt, or cannot go on from one.
+
+    Args:
+        config: of the verb.
+        can_chat: whether somebody is there to chat with.
+
+    Raises:
+        ConfigError: with the keys to set.
+    """
+    generate, data = config.generate, config.data
+    _refuse(
+        data.format in PROBLEMS, f"data.format={data.format} is a classifier's, which writes no text: leave the key out"
+    )
+    _refuse(
+        data.tokenizer == "train_bpe",
+        "data.tokenizer=train_bpe: a model has a tokenizer already, in its folder: leave the key out",
+    )
+    _refuse(
+        not can_chat and generate.prompt is None and generate.prompts is None,
+        "there is nothing to go on from: set generate.prompt, or generate.prompts to a file; without them one process "
+        "chats on a terminal",
+    )
+    output = generate.output
+    _refuse(
+        output is not None and Path(output).expanduser().exists(),
+        f"generate.output={output} exists already: name another file, or move it away",
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from train.config import Config
@@ -14,6 +13,7 @@ from train.data.loader import Data
 from train.evaluate.best import Best
 from train.export import export
 from train.folder import RunFolder
+from train.generate.writing import Sampling, write
 from train.observe.observer import Observer
 from train.observe.progress import shown
 from train.parallel.engine import Engine
@@ -116,28 +116,17 @@ def summarise(observer: Observer, data: Data) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def sample(engine: Engine, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int) -> str:
     """Writes `tokens` tokens after a prompt, drawn from the 20 likeliest at each step, the same for a seed.
 
     Every process does so, since each may hold but a part of the model.
     """
-    model = engine.module
+    end = tokenizer.eos_token_id
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
-    prompt_ids = torch.tensor([ids or [tokenizer.eos_token_id]], device=model.device)
-    model.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        written = model.generate(
-            prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            max_new_tokens=tokens,
-            do_sample=True,
-            top_k=20,
-            temperature=0.7,
-            pad_token_id=tokenizer.eos_token_id,
-            synced_gpus=engine.world_size > 1,
-        )
-    return tokenizer.decode(written[0], skip_special_tokens=True)
+    ids = ids or [end]
+    processors = Sampling(temperature=0.7, top_k=20, seed=seed).processors([0])
+    (written,) = write(engine, [ids], ends=[end], max_new_tokens=tokens, processors=processors)
+    text: str = tokenizer.decode([*ids, *written], skip_special_tokens=True)
+    return text

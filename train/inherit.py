@@ -68,12 +68,20 @@ def inherit_adapter_labels(config: Config) -> None:
         _inherit_labels(config.data, _read(str(path.parent)))
 
 
-def inherit_adapter(lora: LoraConfig, explicit: Collection[str]) -> None:
+def inherit_adapter_tokenizer(config: Config, explicit: Collection[str]) -> None:
+    """Sets `data.tokenizer`, where none is named, to that of `lora.init_from`: the base's, with a template perhaps."""
+    folder = config.lora.init_from or ""
+    if "data.tokenizer" not in explicit and (Path(folder) / "tokenizer_config.json").is_file():
+        config.data.tokenizer = folder
+
+
+def inherit_adapter(lora: LoraConfig, explicit: Collection[str], *, classifier: bool = True) -> None:
     """Sets `lora.*` to what `lora.init_from` says.
 
     Args:
         lora: to be completed.
         explicit: keys that the recipe or the command line gives.
+        classifier: whether it may be a classifier's.
 
     Raises:
         ConfigError: for an explicit key that differs from the adapter's.
@@ -81,7 +89,7 @@ def inherit_adapter(lora: LoraConfig, explicit: Collection[str]) -> None:
     """
     assert lora.init_from is not None
     source = lora.init_from = str(Path(lora.init_from).expanduser())
-    theirs = _read_adapter(source)
+    theirs = _read_adapter(source, classifier=classifier)
     scale = scale_of(theirs)
     for name in ("rank", "dora", "targets", "experts"):
         mine = getattr(lora, name)
@@ -110,7 +118,7 @@ def scale_of(lora: LoraConfig) -> float:
 UNSUPPORTED = ("rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias", "fan_in_fan_out")
 
 
-def _read_adapter(source: str) -> LoraConfig:
+def _read_adapter(source: str, *, classifier: bool) -> LoraConfig:
     """Reads the `adapter_config.json` of a folder, or of a hub id."""
     path = Path(source) / "adapter_config.json"
     if not Path(source).is_dir():
@@ -126,6 +134,11 @@ def _read_adapter(source: str) -> LoraConfig:
             raise ValueError(f"r={rank}")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"lora.init_from={source}: {path} is no adapter's ({error!r})") from None
+    if not classifier and described.get("task_type") == "SEQ_CLS":
+        raise CheckpointError(
+            f"lora.init_from={source} is a classifier's adapter: give its data.format, {', '.join(PROBLEMS)}, or name "
+            "an adapter of a language model"
+        )
     unsupported = [name for name in UNSUPPORTED if described.get(name)]
     if described.get("modules_to_save") not in (None, [], ["score"]):  # a classifier's head
         unsupported.append("modules_to_save")

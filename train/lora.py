@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from mixtral import MixtralConfig
 from mixtral.moe import Experts, Router, SparseMoeBlock
@@ -20,10 +21,11 @@ from mixtral.weights.adapters import SCORE, Adapter, AdapterFolder, shapes
 from mixtral.weights.read import WeightFolder
 from train.config import Config, LoraConfig, trained_names, words_of
 from train.data.hub import download
+from train.data.labelled import Labels
 from train.errors import CheckpointError
 from train.inherit import scale_of
-from train.model import empty_model, generator_of, head_of
-from train.parallel.engine import DTYPES, Model, Weights, fill
+from train.model import empty_model, generator_of, head_of, model_config, starting_weights
+from train.parallel.engine import DTYPES, Engine, Model, Weights, fill
 from train.quantize import quantize, quantized
 
 HUB_FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -134,6 +136,19 @@ def adapt(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
                     block.experts = AdaptedExperts(model.config, adapter, dropout)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or name == SCORE)
+
+
+def hold_model(
+    engine: Engine, config: Config, tokenizer: PreTrainedTokenizerBase, labels: Labels | None = None
+) -> None:
+    """Gives an engine the model of a configuration, with its adapters, to be looked at and not trained.
+
+    Raises:
+        ConfigError, CheckpointError: when it cannot be used.
+    """
+    model = trainable_model(config, model_config(config.model, tokenizer, labels))
+    engine.first_on_each_host(lambda: find_adapter(config.lora, model.config))
+    engine.hold(model, with_adapters(starting_weights(config, model.config), config, model.config))
 
 
 def with_adapters(base: Weights, config: Config, model: MixtralConfig, b_bound: float = 0.0) -> Weights:

@@ -20,6 +20,7 @@ from train.compose import Composed
 from train.config import PROBLEMS, Config
 from train.data.loader import Data, open_documents, pack
 from train.data.share import Share
+from train.data.templates import Encoder
 from train.data.tokenizer import give_padding, open_tokenizer
 from train.errors import ConfigError, StopSignal
 from train.evaluate.prompts import Prompts
@@ -122,7 +123,8 @@ def open_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts 
     path, answer_tokens = config.evaluate.prompts, config.evaluate.answer_tokens
     if path is None:
         return None
-    prompts = Prompts(path, tokenizer, config.model.max_position_embeddings, answer_tokens)
+    encoder = Encoder(tokenizer, config.data, config.model.vocab_size)
+    prompts = Prompts(path, encoder, config.model.max_position_embeddings, answer_tokens)
     prompts.check_metric(config.evaluate.metric)
     return prompts
 

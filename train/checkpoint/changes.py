@@ -15,7 +15,7 @@ ALLOWED = (
     "train.check_replicas_every",
     *("train.micro_batch_size", "train.gradient_accumulation_steps"),  # as long as a step has as many rows
     *("parallel.expert", "parallel.zero", "parallel.offload_*", "parallel.persistent_elements"),
-    *("parallel.meeting_seconds", "evaluate.*", "checkpoint.*", "tracker.*", "verify.*", "plan.*"),
+    *("parallel.meeting_seconds", "evaluate.*", "generate.*", "checkpoint.*", "tracker.*", "verify.*", "plan.*"),
 )
 
 

@@ -3,9 +3,9 @@
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -13,6 +13,7 @@ from pyarrow import parquet
 from train.data.formats import RowError
 from train.errors import DataError
 
+T = TypeVar("T")
 Rows = Iterator[tuple[str, Any]]  # where it is, and the row or the `RowError` in its place
 
 
@@ -23,6 +24,35 @@ def read_rows(file: Path) -> Rows:
         DataError: where what follows cannot be read either.
     """
     return READERS[file.suffix.lower()](file)
+
+
+def read_each(name: str, path: str, read: Callable[[Any], T]) -> list[T]:
+    """Reads every row of a file, none of which may be bad.
+
+    Args:
+        name: of the key that names the file.
+        path: of the file.
+        read: makes something of a row, or raises a `RowError`.
+
+    Raises:
+        DataError: for a file without rows, and for the first bad row, by file and line.
+    """
+    file, found = Path(path).expanduser(), []
+    if file.suffix.lower() not in READERS:
+        raise DataError(f"{name}={path}: expected a file that ends in one of {', '.join(READERS)}")
+    try:
+        for where, row in read_rows(file):
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                found.append(read(row))
+            except RowError as bad:
+                raise DataError(f"{where}: {bad}") from None
+    except OSError as error:
+        raise DataError(f"{name}={path}: {error.strerror or error}") from None
+    if not found:
+        raise DataError(f"{name}={path}: no prompt in it")
+    return found
 
 
 def _read_text(file: Path) -> Rows:

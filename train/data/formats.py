@@ -104,12 +104,21 @@ def as_document(row: Any, where: str, schema: Schema) -> dict[str, Any]:
             raise RowError("wrong type", f"expected an object with columns, found {_type(row)}")
         text = _READERS[schema.format](row, schema)
         label = _dump(_LABELS[schema.format](row, schema)) if schema.format in PROBLEMS else None
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise RowError("half a character", "it holds a lone surrogate escape; mend the text")
+        refuse_half_characters(text)
     except RowError as bad:
         return {"text": "", "label": None, "format": schema.format, "source": where, "problem": str(bad)}
     form = "messages" if schema.format == "sharegpt" else schema.format
     return {"text": text, "label": label, "format": form, "source": where, "problem": None}
+
+
+def refuse_half_characters(text: str) -> None:
+    """Refuses a text that cannot be written as UTF-8.
+
+    Raises:
+        RowError: for a lone surrogate.
+    """
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RowError("half a character", "it holds a lone surrogate escape; mend the text")
 
 
 def as_row(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +210,18 @@ def _messages(raw: list[Any], schema: Schema, role_key: str, content_key: str) -
             _answer(content, f"message {number}, from assistant,")
         messages.append({"role": role, "content": content} | ({} if weight is None else {"weight": int(weight)}))
     return messages
+
+
+def chat_to_answer(raw: list[Any]) -> list[dict[str, Any]]:
+    """Checks messages that a model is to answer.
+
+    Raises:
+        RowError: for what is no chat, or one that is answered already.
+    """
+    messages = _messages(raw, Schema("messages", {}), "role", "content")
+    if messages[-1]["role"] == "assistant":
+        raise RowError("wrong role order", "the last message is from assistant, and its answer is to be written")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _pair(row: Mapping[str, Any], schema: Schema) -> str:

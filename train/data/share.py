@@ -1,6 +1,8 @@
 """Which rows of a step are whose."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from train.config import TrainConfig
 
@@ -35,3 +37,12 @@ class Share:
             for micro_step in range(self.accumulation)
         )
         return [range(start, start + self.micro_batch_size) for start in starts]
+
+    def batches(self, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        """Yields a process's part of some items, a micro-batch at a time.
+
+        Every process gets as many batches; the last ones may be smaller, or hold nothing.
+        """
+        for step in range(-(-len(items) // self.rows_per_step)):
+            for rows in self.rows(step):
+                yield items[rows.start : rows.stop]

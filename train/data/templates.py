@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from train.config import DataConfig
-from train.data.formats import RowError
+from train.data.formats import RowError, chat_to_answer, refuse_half_characters
 from train.data.tokenizer import document_ids
 from train.errors import ConfigError
 
@@ -120,6 +120,38 @@ class Encoder:
             except RowError as bad:
                 result[index] = bad
         return [sample for sample in result if sample is not None]
+
+    def prompt(self, prompt: Any, more: str = "") -> list[int]:
+        """Encodes what a model is to go on from: a text, or a chat up to where its next answer begins.
+
+        Args:
+            prompt: a text, or a list of messages.
+            more: what follows it; where the two join, tokens are those of the whole.
+
+        Returns:
+            Token ids, without an end token.
+
+        Raises:
+            RowError: for what is neither, what the template refuses, and a text of no token.
+        """
+        if isinstance(prompt, str):
+            refuse_half_characters(prompt + more)
+            ids = self._tokens([Written(prompt + more, [], by_template=False)])[0][0][:-1]
+            if not len(ids):
+                raise RowError("empty prompt", "there is nothing to go on from, since the tokenizer has no begin token")
+            return [int(token) for token in ids]
+        if not isinstance(prompt, list):
+            raise RowError("wrong type", f"the prompt is {prompt!r}, neither a text nor a list of messages")
+        if self.template is None:
+            raise RowError("no chat template", "the prompt is a list of messages: set data.chat_template")
+        messages, mark = [*chat_to_answer(prompt), {"role": "", "content": more}], ""
+        for message in messages:
+            refuse_half_characters(message["content"])
+        if any(self._in_text.search(message["content"]) for message in messages):
+            messages, mark = self._marked(messages)
+        text = self._render(messages[:-1], prompt=True)[0] + messages[-1]["content"]
+        ids = self._tokens([Written(text, [], by_template=True, mark=mark)])[0][0]
+        return [int(token) for token in ids]
 
     def _given(self, sample: dict[str, Any]) -> Sample:
         ids = np.asarray(sample["input_ids"], np.int64)

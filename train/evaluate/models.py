@@ -1,4 +1,4 @@
-"""Which models the verb `evaluate` is asked for. Nothing here imports torch."""
+"""Which models a verb is asked for that looks at trained ones. Nothing here imports torch."""
 
 import json
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from pathlib import Path
 from train.compose import Composed, compose
 from train.errors import ConfigError
 
-ABSENT = ("rank=0", "dropout=0.0", "dora=false", "rslora=false", "quantize=none")
+ABSENT = ("init_from=null", "rank=0", "dropout=0.0", "dora=false", "rslora=false", "quantize=none")
 BARE = tuple(f"lora.{word}" for word in ABSENT)  # whatever the recipe trains
 OF_MODEL = ("model.init_from", "lora.init_from")
 
 
 def find_models(words: Sequence[str]) -> dict[str, Composed]:
-    """Composes the configuration of each model: of those in `evaluate.compare`, or of the one in `model.init_from`.
+    """Composes the configuration of each model to evaluate: of those in `evaluate.compare`, or of `find_model`'s.
 
     Args:
         words: `recipe=...` and `KEY=VALUE`, as for training; the number of steps may be missing.
@@ -24,23 +24,59 @@ def find_models(words: Sequence[str]) -> dict[str, Composed]:
     Raises:
         ConfigError: when none is named, one twice, or one of them does not go with the rest.
     """
-    keys = {word.partition("=")[0].lstrip("+") for word in words}
-    if not keys & {"recipe", "train.max_steps", "train.epochs"}:
-        words = ["train.max_steps=1", *words]
+    words = _complete(words)
     composed = compose(words)
-    config = composed.config
-    compared = config.evaluate.compare
-    if not compared and config.lora.init_from is not None:
-        return {config.lora.init_from: composed}
-    names = compared or ([config.model.init_from] if config.model.init_from else [])
+    names, zero = composed.config.evaluate.compare, composed.config.parallel.zero
     if not names:
-        raise ConfigError("evaluate needs a model: name it in model.init_from, or several in evaluate.compare")
+        return dict([_of_one(words, composed, "evaluate", ", or several in evaluate.compare")])
     if len(set(names)) < len(names):
         raise ConfigError(f"evaluate.compare={names} names a model twice")
-    if len(names) > 1 and config.parallel.zero == 3:
+    if len(names) > 1 and zero == 3:
         raise ConfigError("evaluate.compare holds one model after the other, whole: set parallel.zero to 2 or less")
-    kept = [word for word in words if word.partition("=")[0].lstrip("+") not in OF_MODEL]
-    return {name: compose([*kept, *words_of_model(name)]) for name in names}
+    return {name: compose([*_without_model(words), *words_of_model(name)]) for name in names}
+
+
+def find_model(words: Sequence[str], verb: str) -> Composed:
+    """Composes the configuration of one model: the adapter in `lora.init_from`, or what is in `model.init_from`.
+
+    Args:
+        words: see `find_models`.
+        verb: that asks.
+
+    Raises:
+        ConfigError: when none is named.
+    """
+    words = _complete(words)
+    return _of_one(words, compose(words), verb)[1]
+
+
+def _complete(words: Sequence[str]) -> list[str]:
+    """Adds what training alone needs, and what else makes up a model that is named alone."""
+    keys = {_key(word) for word in words}
+    needed = [] if keys & {"recipe", "train.max_steps", "train.epochs"} else ["train.max_steps=1"]
+    named = [word.partition("=")[2] for word in words if _key(word) == "model.init_from"]
+    if named and "lora.init_from" not in keys:
+        return [*needed, *_without_model(words), *words_of_model(named[-1])]
+    return [*needed, *words]
+
+
+def _of_one(words: list[str], composed: Composed, verb: str, others: str = "") -> tuple[str, Composed]:
+    """Gives the name of the model that a composed configuration is of, and the configuration, nothing of it trained."""
+    config = composed.config
+    name = config.lora.init_from or config.model.init_from
+    if name is None:
+        raise ConfigError(f"{verb} needs a model: name it in model.init_from{others}")
+    if config.lora.init_from is None and not set(BARE) <= set(words):
+        return name, compose([*words, *BARE])
+    return name, composed
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def _without_model(words: Sequence[str]) -> list[str]:
+    return [word for word in words if _key(word) not in OF_MODEL]
 
 
 def words_of_model(name: str) -> list[str]:
@@ -55,7 +91,7 @@ def words_of_model(name: str) -> list[str]:
     try:
         base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"evaluate.compare: {path} cannot be read ({error})") from None
+        raise ConfigError(f"{path} cannot be read ({error})") from None
     if not base:
-        raise ConfigError(f"evaluate.compare: {path} does not say which weights it adapts: merge it by cierzo export")
+        raise ConfigError(f"{path} does not say which weights it adapts: merge it by cierzo export")
     return [f"model.init_from={base}", f"lora.init_from={name}"]

@@ -4,20 +4,20 @@ A row of `evaluate.prompts` is {"prompt": ..., "choices": [...], "answer": 1}, t
 {"prompt": ..., "answer": "..."}. A prompt may be a list of messages, which the tokenizer's chat template writes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from train.data.files import READERS, read_rows
+from train.data.files import read_each
 from train.data.formats import RowError
 from train.data.share import Share
+from train.data.templates import Encoder
 from train.errors import DataError
+from train.generate.writing import write
 from train.parallel.engine import Engine, Model
 
 
@@ -50,7 +50,7 @@ class Prompts:
 
     Args:
         path: a file of rows.
-        tokenizer: writes them.
+        encoder: writes them.
         longest: what the model can take, in tokens.
         answer_tokens: bound on a written answer.
 
@@ -58,31 +58,19 @@ class Prompts:
         DataError: for a row that is no prompt with an answer, by file and line.
     """
 
-    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, longest: int, answer_tokens: int) -> None:
-        file = Path(path).expanduser()
-        self._tokenizer, self._answer_tokens = tokenizer, answer_tokens
-        self.rows: list[Prompt] = []
-        if file.suffix.lower() not in READERS:
-            raise DataError(f"evaluate.prompts={path}: expected a file that ends in one of {', '.join(READERS)}")
-        try:
-            for where, row in read_rows(file):
-                try:
-                    if isinstance(row, RowError):
-                        raise row
-                    prompt = self._read(row)
-                    written = 0 if prompt.choices else answer_tokens
-                    length = len(prompt.ids) + max([written, *map(len, prompt.choices)])
-                    if length > longest:
-                        raise RowError("too long", f"{length} tokens with its answer; the model takes {longest}")
-                except RowError as bad:
-                    raise DataError(f"{where}: {bad}") from None
-                self.rows.append(prompt)
-        except OSError as error:
-            raise DataError(f"evaluate.prompts={path}: {error.strerror or error}") from None
-        if not self.rows:
-            raise DataError(f"evaluate.prompts={path}: no prompt in it")
+    def __init__(self, path: str, encoder: Encoder, longest: int, answer_tokens: int) -> None:
+        self._encoder, self._longest, self._answer_tokens = encoder, longest, answer_tokens
+        self.rows = read_each("evaluate.prompts", path, self._read)
 
     def _read(self, row: Any) -> Prompt:
+        prompt = self._prompt(row)
+        written = 0 if prompt.choices else self._answer_tokens
+        length = len(prompt.ids) + max([written, *map(len, prompt.choices)])
+        if length > self._longest:
+            raise RowError("too long", f"{length} tokens with its answer; the model takes {self._longest}")
+        return prompt
+
+    def _prompt(self, row: Any) -> Prompt:
         if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
             raise RowError("missing column", 'expected {"prompt": ..., "answer": ...}, with "choices" or without')
         prompt, choices, answer = row["prompt"], row.get("choices"), row["answer"]
@@ -91,7 +79,7 @@ class Prompts:
                 raise RowError(
                     "wrong type", f"'answer' is {answer!r}: give a text, or 'choices' and the right one's number"
                 )
-            return Prompt(self._ids(prompt), [], [], answer.strip())
+            return Prompt(self._encoder.prompt(prompt), [], [], answer.strip())
         if not (
             isinstance(choices, list) and len(choices) > 1 and all(isinstance(one, str) and one for one in choices)
         ):
@@ -100,25 +88,11 @@ class Prompts:
             raise RowError(
                 "answer out of range", f"{answer!r}, expected the number of a choice, 0 to {len(choices) - 1}"
             )
-        ids = self._ids(prompt)
-        found = [self._ids(prompt, choice)[len(ids) :] for choice in choices]
+        ids = self._encoder.prompt(prompt)
+        found = [self._encoder.prompt(prompt, choice)[len(ids) :] for choice in choices]
         if not all(found):
             raise RowError("empty choice", "a choice adds no token to the prompt")
         return Prompt(ids, found, [len(choice.encode()) for choice in choices], answer)
-
-    def _ids(self, prompt: Any, more: str = "") -> list[int]:
-        """Writes a prompt and what follows it; where the two join, tokens are those of the whole."""
-        begin = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
-        if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer(prompt + more, add_special_tokens=False, verbose=False)["input_ids"]
-            return [*begin, *ids]
-        if self._tokenizer.chat_template is None:
-            raise RowError("no chat template", "the prompt is a list of messages: set data.chat_template")
-        try:
-            text = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template may raise anything at what is no chat
-            raise RowError("refused by the chat template", str(error)) from None
-        return list(self._tokenizer(text + more, add_special_tokens=False, verbose=False)["input_ids"])
 
     def check_metric(self, metric: str) -> None:
         """Refuses the figure of a kind of prompt that there is none of.
@@ -177,24 +151,11 @@ class Prompts:
         matched = each(engine, prompts, [len(prompt.ids) for prompt in prompts], size, match)
         return {"eval_exact_match": matched.mean().item()}
 
-    def _answers(self, engine: Engine, all_ids: list[list[int]]) -> list[tuple[str, str]]:
+    def _answers(self, engine: Engine, prompts: list[list[int]]) -> list[tuple[str, str]]:
         """Writes greedy answers: each up to its end mark, and up to its first line break."""
-        longest = max(map(len, all_ids))
-        end = self._tokenizer.eos_token_id
-        ids = torch.tensor([[end] * (longest - len(given)) + given for given in all_ids], device=engine.device)
-        mask = torch.tensor(
-            [[0] * (longest - len(given)) + [1] * len(given) for given in all_ids], device=engine.device
-        )
-        written = engine.module.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=self._answer_tokens,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
-            synced_gpus=engine.world_size > 1,
-        )
-        texts = self._tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+        tokenizer = self._encoder.tokenizer
+        written = write(engine, prompts, ends=(tokenizer.eos_token_id,), max_new_tokens=self._answer_tokens)
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         return [(text.strip(), text.strip().partition("\n")[0].strip()) for text in texts]
 
 
@@ -211,18 +172,11 @@ def each(
         answer: gives as many numbers.
     """
     found = torch.zeros(len(items), dtype=torch.float64, device=engine.device)
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(lengths, kind="stable").tolist()
     share = Share(engine.rank, engine.world_size, size)
-    for mine in _shares(order, share):
-        found[torch.from_numpy(mine).to(engine.device)] = answer([items[index] for index in mine]).to(found)
+    for mine in share.batches(order):
+        found[torch.as_tensor(mine, device=engine.device)] = answer([items[index] for index in mine]).to(found)
     return engine.sum(found).cpu()
-
-
-def _shares(order: np.ndarray, share: Share) -> Iterator[np.ndarray]:
-    """Yields the items of a process, call by call."""
-    for step in range(-(-len(order) // share.rows_per_step)):
-        for rows in share.rows(step):
-            yield order[rows.start : rows.stop]
 
 
 def scores(model: Model, continuations: list[Continuation], device: torch.device) -> Tensor:

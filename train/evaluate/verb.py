@@ -7,8 +7,8 @@ from train.data.tokenizer import give_padding, open_tokenizer
 from train.errors import CheckpointError
 from train.evaluate.held_out import evaluate
 from train.folder import RunFolder
-from train.lora import find_adapter, trainable_model, with_adapters
-from train.model import find_weights, model_config, starting_weights
+from train.lora import hold_model
+from train.model import find_weights
 from train.parallel.engine import Engine
 from train.setup import open_prompts
 
@@ -56,9 +56,7 @@ def evaluate_model(engine: Engine, config: Config) -> dict[str, float]:
     # nothing is trained on: the held-out documents stand in, so that no others are tokenized
     data: Data = engine.first_on_each_host(lambda: pack(held_out, held_out, tokenizer, config))
     prompts = engine.on_main(lambda: open_prompts(config, tokenizer))
-    model = trainable_model(config, model_config(config.model, tokenizer, data.labels))
-    engine.first_on_each_host(lambda: find_adapter(config.lora, model.config))
-    engine.hold(model, with_adapters(starting_weights(config, model.config), config, model.config))
+    hold_model(engine, config, tokenizer, data.labels)
     return evaluate(engine, config, data, prompts)
 
 
