@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from train.plan.hardware import Device, Efficiency
 from train.plan.seconds import ADAM_BYTES, ATTENTION_BACKWARD
 
-REPEATS = 7
-ROWS, WIDTH, FEW = 512, 1024, 128
+REPEATS = 5
+ROWS, WIDTH, FEW, WEIGHTS = 512, 1024, 128, 12
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -39,11 +39,17 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def product(rows: int, dtype: torch.dtype) -> float:
-    """FLOP/s of a product and its two gradients, as backward forms them."""
-    x, weight, out = torch.randn(rows, WIDTH).to(dtype), torch.randn(WIDTH, WIDTH).to(dtype), torch.randn(rows, WIDTH)
-    out = out.to(dtype)
-    seconds = seconds_of(lambda: (x @ weight.t(), out @ weight, out.t() @ x))
-    return 6 * rows * WIDTH * WIDTH / seconds
+    """FLOP/s of products and their two gradients, as backward forms them, each with a weight that no cache holds."""
+    x, out = torch.randn(rows, WIDTH).to(dtype), torch.randn(rows, WIDTH).to(dtype)
+    weights, gradients = torch.randn(WEIGHTS, WIDTH, WIDTH).to(dtype), torch.empty(WEIGHTS, WIDTH, WIDTH, dtype=dtype)
+
+    def work() -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            x @ weight.t()
+            out @ weight
+            torch.mm(out.t(), x, out=gradient)
+
+    return 6 * WEIGHTS * rows * WIDTH * WIDTH / seconds_of(work)
 
 
 def attention() -> float:
@@ -92,7 +98,7 @@ def measure() -> Device:
     """Measures all that a plan needs to know."""
     processes, page, pages = dist.get_world_size(), os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    fp32, bf16, bandwidth, memory = product(ROWS, torch.float32), product(ROWS, torch.bfloat16), update(), page * pages
+    fp32, bf16, bandwidth, memory = product(ROWS, torch.float32), product(FEW, torch.bfloat16), update(), page * pages
     efficiency = Efficiency(
         matrices=1.0,
         experts=product(FEW, torch.float32) / fp32,
