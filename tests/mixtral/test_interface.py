@@ -256,9 +256,12 @@ def test_a_language_model_loads_into_the_other_classes_and_says_what_is_new(tmp_
     model.save_pretrained(tmp_path)
     input_ids = ids()
     hidden = model.model(input_ids).last_hidden_state
+    before = transformers.logging.get_verbosity()  # a run in this process may have asked for silence
+    transformers.logging.set_verbosity_warning()
     transformers.logging.enable_propagation()
     classifier = MixtralForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
     transformers.logging.disable_propagation()
+    transformers.logging.set_verbosity(before)
     assert re.search(r"score\.weight.*MISSING", caplog.text)
     assert classifier.score.weight.shape == (5, 32)
     assert 0 < classifier.score.weight.std() < 0.1

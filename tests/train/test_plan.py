@@ -84,7 +84,7 @@ def test_what_a_layer_keeps_is_sonicmoes_figure_for_mixtrals_shape():
 FULL = ("recipe=sft_8x7b_full",)
 
 
-def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_or_offloading_since_16_are_tight():
+def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_or_to_offload_or_recompute_since_16_are_tight():
     # bf16 weights: an eighth of 45.10 B experts, and 1.61 B others; fp32 gradients, masters and two moments of a share
     weights, state = 2 * (45.10 / 8 + 1.61), (4 + 4 + 8) * 46.70
     eight = memory_of(planned(*FULL, processes=8), EVEN)
@@ -94,7 +94,7 @@ def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_or_offloading_since_16_
     assert weights + state / 8 > 80  # before anything is computed
     plan = compose_plan(FULL).config
     h100 = device_of(plan.plan)
-    fitting = {n: [one for one in best(plan, n, h100, most=10**6) if not offloads(one)] for n in (8, 16, 32)}
+    fitting = {n: [one for one in best(plan, n, h100, most=10**6) if is_as_it_is(one)] for n in (8, 16, 32)}
     assert not fitting[8]
     assert fitting[16]  # at ZeRO-3: 5.8 + 46.7 GB of state, 20 GB of rows, 7.3 GB of buffers and overhead
     assert all(one.is_tight for one in fitting[16])
@@ -103,8 +103,10 @@ def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_or_offloading_since_16_
     assert figures_of(planned(*FULL, processes=32), h100).spare / GB == pytest.approx(18, abs=2)
 
 
-def offloads(figures):
-    return figures.layout.config.parallel.offload_optimizer
+def is_as_it_is(figures):
+    """Whether a layout neither offloads nor recomputes."""
+    config = figures.layout.config
+    return not config.parallel.offload_optimizer and config.train.recompute == "none"
 
 
 def test_adapters_of_8x7b_fit_eight_gpus_of_80_gb_with_experts_over_eight():
@@ -117,7 +119,7 @@ def test_adapters_of_8x7b_fit_eight_gpus_of_80_gb_with_experts_over_eight():
     assert figures.spare / GB == pytest.approx(13, abs=2)
 
 
-def test_adapters_of_8x22b_need_sixteen_gpus_of_80_gb_and_do_not_fit_eight_without_offloading():
+def test_adapters_of_8x22b_need_sixteen_gpus_of_80_gb_unless_they_offload_or_recompute():
     plan = compose_plan(["recipe=sft_8x22b_lora"]).config
     h100 = device_of(plan.plan)
     # eight hold 281 GB of bf16 weights, 35 GB each; 2048 tokens keep 43 GB in 56 layers, with an even load; ZeRO-3's
@@ -126,9 +128,10 @@ def test_adapters_of_8x22b_need_sixteen_gpus_of_80_gb_and_do_not_fit_eight_witho
     assert 2 * 140.6 / 8 + 43 + 2 + 2 > 80
     assert eight["weights"] / GB == pytest.approx(2 * 140.6 / 8, rel=0.02)
     assert (eight["activations"] + eight["routed rows"]) / GB == pytest.approx(43, abs=1)
-    fitting = {n: [one for one in best(plan, n, h100, most=10**6) if not offloads(one)] for n in (8, 16)}
+    fitting = {n: [one for one in best(plan, n, h100, most=10**6) if is_as_it_is(one)] for n in (8, 16)}
     assert not fitting[8]
     assert fitting[16]
+    assert any(one.layout.config.train.recompute == "layers" for one in best(plan, 8, h100, most=10**6))
 
 
 def test_what_is_held_at_the_step_falls_with_each_stage_and_with_more_processes():
