@@ -175,7 +175,8 @@ def each(
     order = np.argsort(lengths, kind="stable").tolist()
     share = Share(engine.rank, engine.world_size, size)
     for mine in share.batches(order):
-        found[torch.as_tensor(mine, device=engine.device)] = answer([items[index] for index in mine]).to(found)
+        places = torch.tensor(mine, dtype=torch.long, device=engine.device)
+        found[places] = answer([items[index] for index in mine]).to(found)
     return engine.sum(found).cpu()
 
 
