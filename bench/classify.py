@@ -31,7 +31,8 @@ def outputs(model: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
     """Runs a model on texts, those of like length together; returns logits, or the last token's hidden state."""
     tokenizer.padding_side = "right"
     all_ids = tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
-    order, found = np.argsort([len(ids) for ids in all_ids], kind="stable"), {}
+    order = np.argsort([len(ids) for ids in all_ids], kind="stable")
+    found: dict[int, np.ndarray] = {}
     for start in range(0, len(texts), ROWS):
         chosen = order[start : start + ROWS]
         given = tokenizer.pad({"input_ids": [all_ids[row] for row in chosen]}, return_tensors="pt")

@@ -184,7 +184,8 @@ def measure(kind: str, words: list[str], steps: int, precision: str) -> dict[str
         importlib.import_module(library)  # their memory is no side's
     before = resident("VmRSS")
     counted = count_bytes()
-    step = {"ours": our_step, "peer": peer_step}[kind](precision, *words)
+    build: Callable[..., Callable[[Any], float]] = our_step if kind == "ours" else peer_step
+    step = build(precision, *words)
     generator = torch.Generator().manual_seed(1)
     rank = int(os.environ["RANK"])
     extra = 1 if kind == "ours" else 0  # the label after the last token; a peer shifts inside the row

@@ -51,8 +51,7 @@ def ours(dtype: torch.dtype, _: str) -> tuple[nn.Module, Step]:
         yield from initial_weights(config, 0, experts)
         yield from initial_adapters(config, adapter, 0, experts)
 
-    for _ in fill(model, values(), dtype):
-        pass
+    list(fill(model, values(), dtype))
     return model, lambda ids: model(ids, labels=ids, skip_logits=True, use_cache=False).loss
 
 

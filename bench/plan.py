@@ -108,6 +108,7 @@ def measure(case: Case, sizes: dict[str, int], steps: int) -> dict[str, Any]:
 
     from train.compose import compose
     from train.data.packing import make_row, stack
+    from train.guard import Guard
     from train.loop import train_step
     from train.lora import trainable_model, with_adapters
     from train.model import model_config, starting_weights
@@ -126,14 +127,18 @@ def measure(case: Case, sizes: dict[str, int], steps: int) -> dict[str, Any]:
             layer.mlp.gate.bias_E = bias
     generator, seconds, half = torch.Generator().manual_seed(engine.rank), [], case.length // 2
     load_LE, coefficients = uniform_load(model.config, engine.device), Coefficients.of(config)
+    guard = Guard(config.train)
     for _ in range(1 + steps):
         ids = torch.randint(0, config.model.vocab_size, (2, case.length + 1), generator=generator).numpy()
         documents = [((row[:half], row[1 : half + 1]), (row[half:-1], row[half + 1 :])) for row in ids]
         batches = [stack([make_row(list(both), case.length) for both in documents])]
         engine.gather(None)  # all begin together
         started = time.process_time()
-        result = train_step(engine, batches * config.train.gradient_accumulation_steps, 1e-4, coefficients, load_LE)
+        result = train_step(
+            engine, batches * config.train.gradient_accumulation_steps, 1e-4, coefficients, load_LE, guard
+        )
         seconds.append(time.process_time() - started)
+    assert result.load is not None, "the step was skipped"
     measured = {"peak": resident("VmHWM"), "seconds": seconds[1:], "load": result.load.tolist()}
     engine.close(wait=True)
     return measured

@@ -7,7 +7,7 @@ the compute of a pass, with the efficiencies of conf/hardware.yaml, and bytes ov
 row; where a source leaves something open, `assumed` says what was taken.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from train.plan.hardware import Device, Efficiency, device_of, table
 from train.plan.kept import kept_of_layer
@@ -16,7 +16,7 @@ from train.plan.load import Skew
 from train.plan.seconds import compute, flops_per_token
 from train.plan.verb import compose_plan
 
-V5P = {
+V5P: dict[str, Any] = {
     "memory": 95e9,
     "bf16": 459e12,
     "fp32": 459e12 / 8,

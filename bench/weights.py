@@ -8,6 +8,7 @@ page cache before; they include what the kernel reads ahead. FOLDER must lie on 
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -69,18 +70,15 @@ def field(file: str, key: str) -> int:
 def measure(load: str, folder: Path) -> dict[str, float]:
     """Loads in this fresh process; returns bytes kept, peak resident bytes, bytes read and seconds."""
     if load.startswith("cierzo"):
-        from mixtral import MixtralConfig as Config
-        from mixtral import MixtralForCausalLM as Model
         from mixtral import weights
     else:
-        from transformers import MixtralConfig as Config
-        from transformers import MixtralForCausalLM as Model
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    config = Config.from_pretrained(folder)
+    library = importlib.import_module("mixtral" if load.startswith("cierzo") else "transformers")
+    config = library.MixtralConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = Model(config).to(torch.bfloat16)
+        model = library.MixtralForCausalLM(config).to(torch.bfloat16)
     tensors = []
     before, started = field("io", "read_bytes"), time.perf_counter()
     if load == "cierzo, whole":
@@ -89,7 +87,7 @@ def measure(load: str, folder: Path) -> dict[str, float]:
     elif load == "cierzo, half of the experts":
         tensors = [tensor for _, tensor in weights.read(folder, experts=range(EXPERTS // 2))]
     elif load == "transformers, whole":
-        tensors = list(Model.from_pretrained(folder, dtype=torch.bfloat16).parameters())
+        tensors = list(library.MixtralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).parameters())
     return {
         "kept": sum(tensor.nbytes for tensor in tensors),
         "peak": field("status", "VmHWM") * 1024,

@@ -13,15 +13,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mixtral.ops.windowed import reference, windowed_attention
 
 WINDOW, HEADS, GROUPS, DIM = 1024, 8, 2, 64
 LENGTHS = (4096, 8192, 16384)
-OPS = {"windowed": windowed_attention, "masked": reference}
+OPS: dict[str, Callable[..., Tensor]] = {"windowed": windowed_attention, "masked": reference}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -95,7 +97,7 @@ def compare(length: int, options: argparse.Namespace) -> dict[str, float]:
             command = [sys.executable, "-m", "bench.windowed_attention", "--measure", name, "--length", str(length)]
             command += ["--dtype", options.dtype, "--repeats", str(options.repeats)]
             found[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
-    row = {"length": length}
+    row: dict[str, float] = {"length": length}
     for name, runs in found.items():
         for figure in ("seconds", "bytes"):
             row[f"{name}_{figure}"] = statistics.median(run[figure] for run in runs)
