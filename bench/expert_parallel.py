@@ -12,7 +12,6 @@ import argparse
 import importlib
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from bench.instruments import resident
 
 PROCESSES, ROWS, LENGTH, LAYERS = 2, 2, 1024, 4
 MODEL = {
@@ -80,13 +81,6 @@ def count_bytes() -> Counter[str]:
     for name in COLLECTIVES:
         watch(name)
     return counted
-
-
-def resident(key: str) -> int:
-    """Reads VmRSS or VmHWM of this process, in bytes."""
-    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def configuration(precision: str, *words: str) -> Any:

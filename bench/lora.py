@@ -9,16 +9,13 @@ usage: python -m bench.lora [--rounds 3] [--repeats 3] [--experts eager] [--dtyp
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from bench.windowed_attention import DEVICE, PeakMemory
+from bench.instruments import DEVICE, PeakMemory, in_turns, machine, median, timed
 
 SIZES = {
     "vocab_size": 32_000,
@@ -86,34 +83,24 @@ def measure(side: str, dtype: torch.dtype, repeats: int, experts: str) -> dict[s
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     ids = torch.randint(0, SIZES["vocab_size"], (ROWS, LENGTH), device=DEVICE)
 
-    def step() -> float:
-        started = time.perf_counter()
+    def step() -> None:
         loss_of(ids).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
     with PeakMemory() as memory:
         step()
-    seconds = statistics.median(step() for _ in range(repeats))
+    seconds = statistics.median(timed(step) for _ in range(repeats))
     return {"seconds": seconds, "bytes": memory.bytes, "trained": sum(map(torch.Tensor.numel, trained))}
 
 
 def compare(options: argparse.Namespace) -> dict[str, float]:
     """Runs the two in turns; returns the medians over the rounds."""
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for turn in range(options.rounds):
-        for side in sorted(SIDES, reverse=bool(turn % 2)):
-            command = [sys.executable, "-m", "bench.lora", "--measure", side]
-            command += ["--repeats", str(options.repeats), "--experts", options.experts, "--dtype", options.dtype]
-            found[side].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+    words = ["--repeats", str(options.repeats), "--experts", options.experts, "--dtype", options.dtype]
+    found = in_turns("bench.lora", SIDES, options.rounds, words)
     assert found["ours"][0]["trained"] == found["peft"][0]["trained"], "the two do not train the same"
     figures = {
-        f"{side}_{figure}": statistics.median(run[figure] for run in runs)
-        for side, runs in found.items()
-        for figure in ("seconds", "bytes")
+        f"{side}_{figure}": median(runs, figure) for side, runs in found.items() for figure in ("seconds", "bytes")
     }
     return figures | {
         "times_faster": figures["peft_seconds"] / figures["ours_seconds"],
@@ -134,10 +121,9 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, getattr(torch, options.dtype), options.repeats, options.experts)))
         return
-    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     sizes = "H 512, I 1792, 4 layers, 8 experts, vocabulary 32000"
     setting = f"{sizes}, {options.dtype}, {ROWS} x {LENGTH} tokens, rank {RANK}, experts of transformers: "
-    setting += f"{options.experts}, {machine}"
+    setting += f"{options.experts}, {machine()}"
     print(f"{setting}, medians of {options.rounds} x {options.repeats}")
     row = compare(options)
     for side in SIDES:

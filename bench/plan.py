@@ -14,12 +14,13 @@ import dataclasses
 import json
 import math
 import os
-import re
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from bench.instruments import resident
 
 SIZES = {
     "vocab_size": 8192,
@@ -93,13 +94,6 @@ def words_of(case: Case, sizes: dict[str, int]) -> list[str]:
     words = [f"model.{name}={value}" for name, value in sizes.items()]
     words += ["recipe=pretrain_tiny", "train.precision=fp32", "evaluate.sample_tokens=0", "optim.eps=1e-8"]
     return [*words, f"data.sequence_length={case.length}", "train.micro_batch_size=2", *case.words]
-
-
-def resident(key: str) -> int:
-    """Reads VmRSS or VmHWM of this process, in bytes."""
-    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def measure(case: Case, sizes: dict[str, int], steps: int) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.weights import SIZES, evict, field, make
+from bench.instruments import resident
+from bench.weights import SIZES, evict, make
 
 PROCESSES = 2
 LARGE = {"num_hidden_layers": 10}
@@ -36,12 +37,12 @@ def measure(folder: str, stage: str) -> dict[str, int]:
     assert isinstance(engine, ZeroEngine)
     find_weights(config.model)
     model: Any = empty_model(model_config(config.model, None))
-    before = field("status", "VmRSS") * 1024
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     engine.load(model, starting_weights(config, model.config))
     parameters = list(model.parameters())
     kept = sum(max(tensor.nbytes, getattr(tensor, "ds_tensor", tensor).nbytes) for tensor in parameters)
-    peak = field("status", "VmHWM") * 1024 - before
+    peak = resident("VmHWM") - before
     engine.close(wait=True)
     return {"kept": kept, "peak": peak}
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from bench.instruments import resident
+
 EXPERTS = 8
 SIZES = {
     "vocab_size": 32_000,
@@ -60,9 +62,9 @@ def evict(folder: Path) -> None:
         os.close(descriptor)
 
 
-def field(file: str, key: str) -> int:
-    """Reads a number from a file of /proc/self."""
-    found = re.search(rf"^{key}:\s+(\d+)", Path("/proc/self", file).read_text(), re.MULTILINE)
+def bytes_read() -> int:
+    """Bytes that the disk has delivered to this process."""
+    found = re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1])
 
@@ -80,7 +82,7 @@ def measure(load: str, folder: Path) -> dict[str, float]:
     with torch.device("meta"):
         model = library.MixtralForCausalLM(config).to(torch.bfloat16)
     tensors = []
-    before, started = field("io", "read_bytes"), time.perf_counter()
+    before, started = bytes_read(), time.perf_counter()
     if load == "cierzo, whole":
         weights.load(model, folder)
         tensors = list(model.parameters())
@@ -90,8 +92,8 @@ def measure(load: str, folder: Path) -> dict[str, float]:
         tensors = list(library.MixtralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).parameters())
     return {
         "kept": sum(tensor.nbytes for tensor in tensors),
-        "peak": field("status", "VmHWM") * 1024,
-        "read": field("io", "read_bytes") - before,
+        "peak": resident("VmHWM"),
+        "read": bytes_read() - before,
         "seconds": time.perf_counter() - started,
     }
 

@@ -9,60 +9,18 @@ usage: python -m bench.windowed_attention [--rounds 3] [--repeats 2] [--dtype fl
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench.instruments import DEVICE, PeakMemory, in_turns, machine, median, timed
 from mixtral.ops.windowed import reference, windowed_attention
 
 WINDOW, HEADS, GROUPS, DIM = 1024, 8, 2, 64
 LENGTHS = (4096, 8192, 16384)
 OPS: dict[str, Callable[..., Tensor]] = {"windowed": windowed_attention, "masked": reference}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class PeakMemory:
-    """The most memory held inside the block, above what was held before it: `.bytes`.
-
-    On the CPU that is the resident memory of the process, read every millisecond.
-    """
-
-    def __enter__(self) -> "PeakMemory":
-        """Begins to watch."""
-        self.done = threading.Event()
-        self.highest = self.before = self._now()
-        self.watcher = threading.Thread(target=self._watch)
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self.watcher.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stops watching."""
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-            self.highest = torch.cuda.max_memory_allocated()
-        else:
-            self.done.set()
-            self.watcher.join()
-        self.bytes = self.highest - self.before
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.001):
-            self.highest = max(self.highest, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        if DEVICE == "cuda":
-            return torch.cuda.memory_allocated()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def measure(name: str, length: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
@@ -75,32 +33,22 @@ def measure(name: str, length: int, dtype: torch.dtype, repeats: int) -> dict[st
     ]
     upstream = torch.randn_like(inputs[0])
 
-    def run(length: int) -> float:
+    def run(length: int) -> None:
         parts = [tensor[:, :, :length] for tensor in inputs]
-        started = time.perf_counter()
         OPS[name](*parts, documents[:, :length], WINDOW).backward(upstream[:, :, :length])
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
     run(64)  # loads kernels, starts threads and makes the gradients' own memory
     with PeakMemory() as memory:
-        seconds = [run(length) for _ in range(repeats)]
+        seconds = [timed(lambda: run(length)) for _ in range(repeats)]
     return {"seconds": statistics.median(seconds), "bytes": memory.bytes}
 
 
 def compare(length: int, options: argparse.Namespace) -> dict[str, float]:
     """Runs the two ops in turns; returns the medians over the rounds."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in OPS}
-    for turn in range(options.rounds):
-        for name in sorted(OPS, reverse=bool(turn % 2)):
-            command = [sys.executable, "-m", "bench.windowed_attention", "--measure", name, "--length", str(length)]
-            command += ["--dtype", options.dtype, "--repeats", str(options.repeats)]
-            found[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+    words = ["--length", str(length), "--dtype", options.dtype, "--repeats", str(options.repeats)]
     row: dict[str, float] = {"length": length}
-    for name, runs in found.items():
-        for figure in ("seconds", "bytes"):
-            row[f"{name}_{figure}"] = statistics.median(run[figure] for run in runs)
+    for name, runs in in_turns("bench.windowed_attention", OPS, options.rounds, words).items():
+        row |= {f"{name}_{figure}": median(runs, figure) for figure in ("seconds", "bytes")}
     return row | {
         "times_faster": row["masked_seconds"] / row["windowed_seconds"],
         "share_of_memory": row["windowed_bytes"] / row["masked_bytes"],
@@ -122,8 +70,7 @@ def main() -> None:
         dtype = getattr(torch, options.dtype)
         print(json.dumps(measure(options.measure, options.length, dtype, options.repeats)))
         return
-    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    setting = f"W {WINDOW}, {HEADS} heads, {GROUPS} key/value heads of {DIM}, {options.dtype}, {machine}"
+    setting = f"W {WINDOW}, {HEADS} heads, {GROUPS} key/value heads of {DIM}, {options.dtype}, {machine()}"
     print(f"{setting}, medians of {options.rounds} x {options.repeats}")
     titles = ("windowed", "masked", "faster", "windowed", "masked", "memory", "us/token")
     print(f"{'S':>6}" + "".join(f"{title:>12}" for title in titles))
