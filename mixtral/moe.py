@@ -69,8 +69,10 @@ class Experts(nn.Module):
     """E gated feed-forward networks: down(activation(gate(x)) * up(x)).
 
     `opener` may be replaced from outside, where the parameters hold frozen matrices in another form: it gives those of
-    a parameter, each of a shape.
+    a parameter, each of a shape. `grouped` may say how products are made where the device should not: see `expert_ffn`.
     """
+
+    grouped: bool | None = None
 
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class Experts(nn.Module):
     def forward(self, x_TH: Tensor, assignment: Assignment) -> Tensor:
         """Sends tokens through the experts that they are assigned to; returns (T, H), their weighted sums."""
         gate_up, down = self.projections()
-        return expert_ffn(x_TH, assignment, gate_up, down, self.activation)
+        return expert_ffn(x_TH, assignment, gate_up, down, self.activation, grouped=self.grouped)
 
     def projections(self) -> tuple[Projection, Projection]:
         """Gives what maps H to gate and up, and what maps I back to H."""

@@ -3,6 +3,7 @@
 Shape letters: see `mixtral/modeling.py`; r is the rank of a low-rank addition, and lower case m the rows of one expert.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,9 @@ BLOCK = 32
 
 Matrix products are fastest at such sizes, and on a CPU each new size costs milliseconds at its first use.
 """
+
+
+VECTOR_BYTES = 16
 
 
 class Assignment(NamedTuple):
@@ -110,7 +114,13 @@ def _sum(projection: Projection) -> Tensor:
 
 
 def expert_ffn(
-    x_TH: Tensor, assignment: Assignment, gate_up: Projection, down: Projection, activation: Activation
+    x_TH: Tensor,
+    assignment: Assignment,
+    gate_up: Projection,
+    down: Projection,
+    activation: Activation,
+    *,
+    grouped: bool | None = None,
 ) -> Tensor:
     """Sends each expert's block of rows through it in a few matrix products; see `reference`.
 
@@ -119,13 +129,29 @@ def expert_ffn(
     addition, and every gradient is written where it stays. An expert without rows takes part with an empty product,
     so that its gradient is zero and never missing. Matrices that are made when they are asked for have no gradient;
     they are made one at a time, here and again in backward, and none is kept.
+
+    Args:
+        x_TH: tokens.
+        assignment: of the tokens to the experts.
+        gate_up: to the gate and up projections.
+        down: the down projection.
+        activation: applied to the gate.
+        grouped: whether all experts go through one product, `torch.nn.functional.grouped_mm`, which asks nothing of the
+            host, rather than each through its own. By default on a GPU in bf16, where its kernels take the sizes.
     """
     order_R, counts_E, weights_TK = assignment
-    blocks = [_filled(block, len(order_R)) for block in order_R.split(counts_E.tolist())]
     made = [None if isinstance(weight, Tensor) else weight for weight in (gate_up.weight_EYX, down.weight_EYX)]
+    tensors = (*_tensors(gate_up), *_tensors(down))
+    if grouped is None:
+        grouped = x_TH.is_cuda and _takes_grouped(x_TH, tensors)
+    counts: list[int] = []
+    if grouped:
+        order_P, ends_E = order_R, counts_E.cumsum(dim=0, dtype=torch.int32)
+    else:
+        blocks = [_filled(block, len(order_R)) for block in order_R.split(counts_E.tolist())]
+        order_P, ends_E, counts = torch.cat(blocks), None, [len(block) for block in blocks]
     settings = _Settings(
-        order_P=torch.cat(blocks),
-        counts=[len(block) for block in blocks],
+        counts=counts,
         activation=activation,
         keep=torch.is_grad_enabled(),
         inner=down.weight_EYX.shape[2],
@@ -134,7 +160,7 @@ def expert_ffn(
         made_gate_up=made[0],
         made_down=made[1],
     )
-    out_TH: Tensor = _ExpertFfn.apply(settings, x_TH, weights_TK, *_tensors(gate_up), *_tensors(down))
+    out_TH: Tensor = _ExpertFfn.apply(settings, order_P, ends_E, x_TH, weights_TK, *tensors)
     return out_TH
 
 
@@ -155,6 +181,14 @@ def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
     return (weight, None, None) if addition is None else (weight, addition.down_ErX, addition.up_EYr)
 
 
+def _takes_grouped(x_TH: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the kernels of grouped products take the tensors: bf16, in rows of whole vectors."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    aligned = all(size * tensor.element_size() % VECTOR_BYTES == 0 for tensor in given for size in tensor.shape[1:])
+    is_whole = tensors[0] is not None and tensors[3] is not None
+    return is_whole and aligned and x_TH.dtype == torch.bfloat16
+
+
 def _filled(choices_m: Tensor, nothing: int) -> Tensor:
     """Fills an expert's choices up with what is no choice."""
     missing = -len(choices_m) % BLOCK if len(choices_m) > BLOCK else 0
@@ -162,11 +196,10 @@ def _filled(choices_m: Tensor, nothing: int) -> Tensor:
 
 
 class _Settings(NamedTuple):
-    """What has no gradient: P rows, those of experts that were filled up among them.
+    """What is no tensor.
 
     Attributes:
-        order_P: of the choices, R where a row is none.
-        counts: rows of each expert.
+        counts: rows of each expert, where each has a product of its own.
         activation: of the gate.
         keep: whether a gradient may be asked for.
         inner: I.
@@ -174,7 +207,6 @@ class _Settings(NamedTuple):
         made_gate_up, made_down: their matrices, where these are no tensors.
     """
 
-    order_P: Tensor
     counts: list[int]
     activation: Activation
     keep: bool
@@ -186,108 +218,144 @@ class _Settings(NamedTuple):
 
 
 class _Product:
-    """One projection of one expert on its rows, and the gradients of that.
+    """A projection of one expert's rows, or of all experts' that end at `ends_E`, and the gradients of that.
 
     Args:
         weights: a matrix (Y, X) of each expert.
-        expert: which one it is.
+        expert: which one it is; None for all.
         pair: A (r, X) and B (Y, r), or None without an addition.
         strength: of the addition.
         seen_mX: which inputs A sees; None where it sees all.
-        gradients: where those of the three go; None for a frozen one.
+        ends_E: of the rows of all experts.
+
+    Attributes:
+        gradients: of the three tensors. What is there already is written into.
     """
 
     def __init__(
         self,
         weights: Matrices,
-        expert: int,
+        expert: int | None,
         pair: list[Any],
         strength: _Strength,
         seen_mX: Tensor | None,
+        ends_E: Tensor | None,
         gradients: list[Tensor | None],
+        wanted: Sequence[bool],
     ) -> None:
-        self.weights, self.expert = weights, expert
+        self.weights, self.expert, self.seen_mX, self.ends_E = weights, expert, seen_mX, ends_E
+        self.gradients, self.wanted = gradients, wanted
         self.a, self.b = pair
         self.scale = strength.scale / (1 - strength.dropout)
-        self.seen_mX, self.gradients = seen_mX, gradients
 
-    def of(self, x_mX: Tensor, out_mY: Tensor) -> None:
-        """Computes the projection of m rows."""
-        torch.mm(x_mX, self.weights[self.expert].to(x_mX.dtype).t(), out=out_mY)
+    def of(self, x_mX: Tensor, out_mY: Tensor | None) -> Tensor:
+        """Computes the projection of m rows, into a tensor if one is given and there is one expert."""
+        out_mY = self._product(x_mX, self._weight(x_mX.dtype).mT, out_mY)
         if self.a is not None:
-            out_mY.addmm_(self._seen(x_mX) @ self.a.t(), self.b.t(), alpha=self.scale)
+            self._add(out_mY, self._product(self._seen(x_mX), self.a.mT), self.b.mT, self.scale)
+        return out_mY
 
-    def backward(self, gradient_mY: Tensor, x_mX: Tensor, out_mX: Tensor) -> None:
-        """Computes the gradient of the rows, and those of the tensors."""
-        for_weight, for_a, for_b = self.gradients
-        torch.mm(gradient_mY, self.weights[self.expert].to(x_mX.dtype), out=out_mX)
-        if for_weight is not None:
-            torch.mm(gradient_mY.t(), x_mX, out=for_weight)
+    def backward(self, gradient_mY: Tensor, x_mX: Tensor, out_mX: Tensor | None) -> Tensor:
+        """Computes the gradient of the rows, into a tensor as `of` does, and those of the tensors that are wanted."""
+        out_mX = self._product(gradient_mY, self._weight(x_mX.dtype), out_mX)
+        self._differentiate(0, gradient_mY, x_mX)
         if self.a is None:
-            return
-        inner_mr, x_mX = self.scale * (gradient_mY @ self.b), self._seen(x_mX)
-        if for_a is not None:
-            torch.mm(inner_mr.t(), x_mX, out=for_a)
-        if for_b is not None:
-            torch.mm(gradient_mY.t(), self.scale * (x_mX @ self.a.t()), out=for_b)
+            return out_mX
+        inner_mr, x_mX = self.scale * self._product(gradient_mY, self.b), self._seen(x_mX)
+        self._differentiate(1, inner_mr, x_mX)
+        if self.wanted[2]:
+            self._differentiate(2, gradient_mY, self.scale * self._product(x_mX, self.a.mT))
         if self.seen_mX is None:
-            out_mX.addmm_(inner_mr, self.a)
+            self._add(out_mX, inner_mr, self.a)
         else:
-            out_mX += self._seen(inner_mr @ self.a)
+            out_mX += self._seen(self._product(inner_mr, self.a))
+        return out_mX
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        weight = self.weights if self.expert is None else self.weights[self.expert]
+        assert isinstance(weight, Tensor)
+        return weight.to(dtype)
 
     def _seen(self, x_mX: Tensor) -> Tensor:
         return x_mX if self.seen_mX is None else x_mX * self.seen_mX
 
+    def _product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        if self.ends_E is None:
+            return torch.mm(left, right, out=out)
+        return F.grouped_mm(left, right, offs=self.ends_E)
+
+    def _add(self, out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        if self.ends_E is None:
+            out.addmm_(left, right, alpha=scale)
+        else:
+            out.add_(self._product(left, right), alpha=scale)
+
+    def _differentiate(self, place: int, gradient_mY: Tensor, x_mX: Tensor) -> None:
+        if self.wanted[place]:
+            self.gradients[place] = self._product(gradient_mY.mT, x_mX, self.gradients[place])
+
 
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, settings: _Settings, x_TH: Tensor, weights_TK: Tensor, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        settings: _Settings,
+        order_P: Tensor,
+        ends_E: Tensor | None,
+        x_TH: Tensor,
+        weights_TK: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
         keep = settings.keep and any(ctx.needs_input_grad)
-        width = 2 * settings.inner
-        seen = _draw_seen(settings, x_TH)
-        token_P, _, place_R = _places(settings.order_P, weights_TK)
-        pre_PG = x_TH.new_empty(len(token_P), width) if keep else None
-        out_PH = x_TH.new_empty(len(token_P), x_TH.shape[1])
-        for rows, gate_up, down in _experts(settings, tensors, seen):
-            x_mH = x_TH[token_P[rows]]
-            pre_mG = x_TH.new_empty(len(x_mH), width) if pre_PG is None else pre_PG[rows]
-            gate_up.of(x_mH, pre_mG)
+        seen = _draw_seen(settings, x_TH, len(order_P))
+        token_P, _, place_R = _places(order_P, weights_TK)
+        pre_PG: Any = None
+        out_PH: Any = None
+        if ends_E is None:
+            out_PH = x_TH.new_empty(len(order_P), x_TH.shape[1])
+            pre_PG = x_TH.new_empty(len(order_P), 2 * settings.inner) if keep else None
+        for rows, gate_up, down in _experts(settings, ends_E, tensors, seen):
+            pre_mG = gate_up.of(x_TH[token_P[rows]], _part(pre_PG, rows))
             gate_mI, up_mI = pre_mG.chunk(2, dim=-1)
-            down.of(settings.activation(gate_mI) * up_mI, out_PH[rows])
+            out_mH = down.of(settings.activation(gate_mI) * up_mI, _part(out_PH, rows))
+        if ends_E is not None:
+            pre_PG, out_PH = pre_mG, out_mH
         ctx.settings = settings
-        ctx.save_for_backward(x_TH, weights_TK, pre_PG, *seen, *tensors)
+        ctx.save_for_backward(order_P, ends_E, x_TH, weights_TK, pre_PG, *seen, *tensors)
         return weigh_rows(out_PH, place_R, weights_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         settings: _Settings = ctx.settings
-        x_TH, weights_TK, pre_PG, *rest = ctx.saved_tensors
-        seen, tensors = rest[:2], rest[2:]
-        gradients = [
-            torch.empty_like(tensor) if needed else None
-            for tensor, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True)
-        ]
-        token_P, weight_P, place_R = _places(settings.order_P, weights_TK)
-        grad_x_PH = x_TH.new_empty(len(token_P), x_TH.shape[1])
+        order_P, ends_E, x_TH, weights_TK, pre_PG, *rest = ctx.saved_tensors
+        seen, tensors, wanted = rest[:2], rest[2:], ctx.needs_input_grad[5:]
+        token_P, weight_P, place_R = _places(order_P, weights_TK)
         grad_weight_P = torch.empty_like(weight_P)
-        for rows, gate_up, down in _experts(settings, tensors, seen, gradients):
-            with torch.enable_grad():
-                gate_mI, up_mI = pre_PG[rows].chunk(2, dim=-1)
-                activated_mI = settings.activation(gate_mI.requires_grad_())
-            inner_mI = activated_mI.detach() * up_mI
-            grad_inner_mI = torch.empty_like(inner_mI)
+        gradients: list[Tensor | None] = [None] * len(tensors)
+        grad_x_PH: Any = None
+        if ends_E is None:
+            gradients = [torch.empty_like(one) if needed else None for one, needed in zip(tensors, wanted, strict=True)]
+            grad_x_PH = x_TH.new_empty(len(order_P), x_TH.shape[1])
+        for rows, gate_up, down in _experts(settings, ends_E, tensors, seen, gradients, wanted):
+            gate_mI, up_mI = pre_PG[rows].chunk(2, dim=-1)
+            activated_mI, pull, *_ = torch.func.vjp(settings.activation, gate_mI)
+            inner_mI = activated_mI * up_mI
             grad_mH = (grad_TH[token_P[rows]] * weight_P[rows, None]).to(x_TH.dtype)
-            down.backward(grad_mH, inner_mI, grad_inner_mI)
+            grad_inner_mI = down.backward(grad_mH, inner_mI, None)
             grad_weight_P[rows] = inner_mI.mul_(grad_inner_mI).sum(dim=-1, dtype=weight_P.dtype)
-            grad_mG = torch.empty_like(pre_PG[rows])
-            grad_gate_mI, grad_up_mI = grad_mG.chunk(2, dim=-1)
-            torch.mul(grad_inner_mI, activated_mI.detach(), out=grad_up_mI)
-            grad_gate_mI.copy_(torch.autograd.grad(activated_mI, gate_mI, grad_inner_mI.mul_(up_mI))[0])
-            gate_up.backward(grad_mG, x_TH[token_P[rows]], grad_x_PH[rows])
+            grad_up_mI = grad_inner_mI * activated_mI
+            grad_mG = torch.cat([*pull(grad_inner_mI.mul_(up_mI)), grad_up_mI], dim=-1)
+            grad_x_mH = gate_up.backward(grad_mG, x_TH[token_P[rows]], _part(grad_x_PH, rows))
+        if ends_E is not None:
+            grad_x_PH, gradients = grad_x_mH, [*gate_up.gradients, *down.gradients]
         grad_weight_P /= weight_P.where(weight_P != 0, 1)  # it was found by way of what the weight multiplied
         grad_x_TH = grad_x_PH[place_R].unflatten(0, weights_TK.shape).sum(dim=1)
-        return None, grad_x_TH, grad_weight_P[place_R].view_as(weights_TK), *gradients
+        return None, None, None, grad_x_TH, grad_weight_P[place_R].view_as(weights_TK), *gradients
+
+
+def _part(rows_PX: Tensor | None, rows: slice) -> Tensor | None:
+    return None if rows_PX is None else rows_PX[rows]
 
 
 def _places(order_P: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,27 +369,33 @@ def _places(order_P: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _experts(
     settings: _Settings,
+    ends_E: Tensor | None,
     tensors: Sequence[Tensor | None],
     seen: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None] = (None,) * 6,
+    wanted: Sequence[bool] = (False,) * 6,
 ) -> Iterator[tuple[slice, _Product, _Product]]:
-    """Yields each expert's rows and its two projections."""
-    end = 0
+    """Yields the rows of each expert and its two projections; or once all rows, and the projections of all experts."""
     weights: tuple[Any, Any] = (settings.made_gate_up or tensors[0], settings.made_down or tensors[3])
-    for expert, count in enumerate(settings.counts):
-        rows = slice(end, end := end + count)
-        pairs = [None if tensor is None else tensor[expert] for tensor in (*tensors[1:3], *tensors[4:6])]
-        their = [None if gradient is None else gradient[expert] for gradient in gradients]
+    ends = itertools.accumulate(settings.counts)
+    blocks = [slice(end - count, end) for end, count in zip(ends, settings.counts, strict=True)]
+    for expert, rows in enumerate(blocks) if ends_E is None else [(None, slice(None))]:
+        if not settings.keep and rows.start == rows.stop and ends_E is None:
+            continue  # nobody waits for the gradient of an expert without rows
+        own = [one if one is None or expert is None else one[expert] for one in (*tensors, *gradients)]
         masks = [None if mask is None else mask[rows] for mask in seen]
-        gate_up = _Product(weights[0], expert, pairs[:2], settings.gate_up, masks[0], their[:3])
-        yield rows, gate_up, _Product(weights[1], expert, pairs[2:], settings.down, masks[1], their[3:])
+        pairs, goals = (own[1:3], own[4:6]), (own[6:9], own[9:])
+        yield (
+            rows,
+            _Product(weights[0], expert, pairs[0], settings.gate_up, masks[0], ends_E, goals[0], wanted[:3]),
+            _Product(weights[1], expert, pairs[1], settings.down, masks[1], ends_E, goals[1], wanted[3:]),
+        )
 
 
-def _draw_seen(settings: _Settings, x_TH: Tensor) -> list[Tensor | None]:
+def _draw_seen(settings: _Settings, x_TH: Tensor, rows: int) -> list[Tensor | None]:
     """Draws which inputs of the two projections their A sees, where not all."""
     masks: list[Tensor | None] = []
     for strength, width in ((settings.gate_up, x_TH.shape[1]), (settings.down, settings.inner)):
-        shape = (len(settings.order_P), width)
         drop = strength.dropout
-        masks.append(torch.rand(shape, device=x_TH.device) >= drop if drop else None)
+        masks.append(torch.rand(rows, width, device=x_TH.device) >= drop if drop else None)
     return masks

@@ -109,7 +109,64 @@ def test_experts_keep_for_backward_their_tokens_and_what_gate_and_up_gave():
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         experts.expert_ffn(*arguments, silu)
     given = {tensor.data_ptr() for tensor in (arguments[0], *assignment, arguments[2][0], arguments[3][0])}
-    assert [tensor.numel() for tensor in kept if tensor.data_ptr() not in given] == [640 * 2 * INNER]
+    found = [(tensor.dtype, tensor.numel()) for tensor in kept if tensor.data_ptr() not in given]
+    assert found == [(torch.int64, 640), (torch.float64, 640 * 2 * INNER)]
+
+
+def aligned(counts, rank, device="cpu", dtype=torch.float32):
+    """The arguments of experts whose sizes grouped products take, in fp64 and in another dtype."""
+    tensors = [torch.randn(sum(counts) // 2, 32), torch.rand(sum(counts) // 2, 2)]
+    for outputs, width in ((2 * 16, 32), (32, 16)):
+        tensors += [torch.randn(EXPERTS, outputs, width), torch.randn(EXPERTS, rank, width)]
+        tensors.append(torch.randn(EXPERTS, outputs, rank))
+    order_R, counts_E = torch.randperm(sum(counts), device=device), torch.tensor(counts, device=device)
+    for kind in (torch.float64, dtype):
+        given = [tensor.to(device, dtype).to(kind).requires_grad_() for tensor in tensors]
+        additions = [experts.LowRank(*given[at : at + 2], scale=0.7) if rank else None for at in (3, 6)]
+        assignment = experts.Assignment(order_R, counts_E, given[1])
+        projections = [experts.Projection(given[at], one) for at, one in zip((2, 5), additions, strict=True)]
+        yield given if rank else [given[at] for at in (0, 1, 2, 5)], (given[0], assignment, *projections, silu)
+
+
+def assert_alike(found, expected, bound):
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine.double() - other).norm() <= bound * max(1e-9, other.norm())
+
+
+ROWS = pytest.mark.parametrize(
+    "counts",
+    [[3, 0, 5, 2], [0, 0, 0, 0], [2, 0, 0, 0], [0, 10, 0, 0]],
+    ids=["uneven", "no rows", "one token", "one expert"],
+)
+
+
+@ROWS
+@pytest.mark.parametrize("rank", [0, 8], ids=["plain", "low-rank additions"])
+def test_grouped_products_equal_the_reference_with_gradients(counts, rank):
+    (exact_inputs, exact), (inputs, arguments) = aligned(counts, rank)
+    found, expected = experts.expert_ffn(*arguments, grouped=True), experts.reference(*exact)
+    assert_alike([found], [expected], 1e-5)
+    gradients = torch.autograd.grad(found.sum(), inputs)
+    if sum(counts):
+        assert_alike(gradients, torch.autograd.grad(expected.sum(), exact_inputs), 1e-5)
+    else:
+        assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.gpu
+@ROWS
+@pytest.mark.parametrize("rank", [0, 8], ids=["plain", "low-rank additions"])
+def test_on_a_gpu_the_same_function_groups_products_by_itself(counts, rank, monkeypatch):
+    seen = []
+    grouped_mm = torch.nn.functional.grouped_mm
+    monkeypatch.setattr("torch.nn.functional.grouped_mm", lambda *a, **b: seen.append(1) or grouped_mm(*a, **b))
+    (exact_inputs, exact), (inputs, arguments) = aligned(counts, rank, "cuda", torch.bfloat16)
+    found, expected = experts.expert_ffn(*arguments), experts.reference(*exact)
+    assert_alike([found], [expected], 2e-2)
+    gradients = torch.autograd.grad(found.sum(), inputs)
+    assert seen
+    if sum(counts):
+        assert_alike(gradients, torch.autograd.grad(expected.sum(), exact_inputs), 4e-2)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
