@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from mixtral import MixtralConfig
 from mixtral.weights.adapters import Adapter, AdapterFolder
-from tests.train.helpers import PYTHON, SMALL, launch, metrics, read_json, run_small, torchrun, write_corpus
+from tests.train.helpers import SMALL, metrics, read_json, run_small, write_corpus
 from tests.warm import launch_ranks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
@@ -32,7 +32,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_trains_what_one_process_would_and_leaves_the_rest_bit_for_bit(tmp_path, layout):
     processes, words = LAYOUTS[layout]
-    done = launch([*torchrun(processes), "-m", "train.verify"], "recipe=demo", f"run.dir={tmp_path}", *words)
+    done = launch_ranks(processes, "train.verify", "recipe=demo", f"run.dir={tmp_path}", *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     rows = read_json(tmp_path / "certificate.json")["rows"]
     frozen = [row for row in rows if row["kind"].startswith("frozen")]
@@ -48,8 +48,8 @@ def test_a_layout_trains_what_one_process_would_and_leaves_the_rest_bit_for_bit(
 def test_a_planted_fault_in_the_adapters_gradients_is_found(tmp_path):
     words = ["recipe=demo", *EVERYWHERE, *EP2, "parallel.zero=2", f"run.dir={tmp_path}"]
     fault = "expert_gradients_times_ranks"
-    done = launch([*torchrun(2), "-m", "tests.multiprocess.faulty_verify", fault], *words)
-    assert "exitcode  : 5" in done.stderr, done.stderr[-2000:]
+    done = launch_ranks(2, "tests.multiprocess.faulty_verify", fault, *words)
+    assert done.returncode == 5, done.stderr[-2000:]
     rows = read_json(tmp_path / "certificate.json")["rows"]
     out_of_bounds = {row["kind"] for row in rows if not row["ok"]}
     assert {"gradient:expert", "gradient norm"} <= out_of_bounds
@@ -61,9 +61,8 @@ def test_adapters_saved_by_two_processes_are_those_of_one_and_go_on_in_either(tm
     small = [*SMALL, f"data.path={corpus}", "optim.lr=1e-2", "optim.eps=1e-6", "schedule.warmup_steps=0"]
 
     def run(name, processes, *words):
-        command = [*torchrun(processes), "-m", "train"] if processes > 1 else PYTHON
         split = ["parallel.expert=2", "parallel.zero=2", "train.micro_batch_size=2"] if processes > 1 else []
-        done = launch(command, *small, f"run.dir={tmp_path / name}", *words, *split)
+        done = launch_ranks(processes, "train", *small, f"run.dir={tmp_path / name}", *words, *split)
         assert done.returncode == 0, done.stderr[-3000:]
         return tmp_path / name
 
