@@ -58,6 +58,7 @@ class RunConfig:
     seed: int = key(
         0, "seed of the weights, the order of the data and every random choice", minimum=0, maximum=2**32 - 1
     )
+    plots: bool = key(True, "whether plots/ is drawn, at every evaluation and at the end")
 
 
 @dataclass(kw_only=True, slots=True)

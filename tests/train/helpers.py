@@ -13,6 +13,7 @@ from train.cli import main
 
 SMALL = [  # a run of seconds
     "recipe=pretrain_tiny",
+    "run.plots=false",
     "model.vocab_size=320",
     "model.hidden_size=32",
     "model.intermediate_size=32",

@@ -91,7 +91,7 @@ def test_known_devices_have_a_peak_and_others_none():
 def test_tensorboard_gets_the_same_figures(corpus, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert run_small(tmp_path, f"data.path={corpus}", "tracker=tensorboard") == 0
+    assert run_small(tmp_path, f"data.path={corpus}", "tracker=tensorboard", "run.plots=true") == 0
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert {"loss", "eval_loss", "grad_norm"} <= set(events.Tags()["scalars"])
@@ -102,7 +102,7 @@ def test_tensorboard_gets_the_same_figures(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_wandb_is_written_offline_with_the_same_figures_and_the_picture(corpus, tmp_path, capfd):
-    assert run_small(tmp_path, f"data.path={corpus}", "tracker=wandb") == 0
+    assert run_small(tmp_path, f"data.path={corpus}", "tracker=wandb", "run.plots=true") == 0
     said = capfd.readouterr().out
     assert f"wandb sync {tmp_path}/wandb/offline-run-" in said
     (run,) = (tmp_path / "wandb").glob("offline-run-*")

@@ -37,7 +37,7 @@ def corpus(tmp_path_factory):
 def finished(corpus, tmp_path_factory):
     """One run that the tests below look at."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert run_small(folder, f"data.path={corpus}", "evaluate.every=2") == 0
+    assert run_small(folder, f"data.path={corpus}", "evaluate.every=2", "run.plots=true") == 0
     return folder
 
 
@@ -266,6 +266,7 @@ def living(corpus, tmp_path):
     """A run in another process that has begun to train, and its folder."""
     folder = tmp_path / "living"
     words = [*SMALL, f"data.path={corpus}", f"run.dir={folder}", "train.max_steps=100000", "checkpoint.every=null"]
+    words.append("run.plots=true")
     process = subprocess.Popen(
         [*PYTHON, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )

@@ -10,7 +10,7 @@ from train.config import Config, keys
 from train.errors import ConfigError
 
 ALLOWED = (
-    *("run.dir", "train.max_steps", "train.epochs", "train.log_every", "data.workers", "lora.format"),
+    *("run.dir", "run.plots", "train.max_steps", "train.epochs", "train.log_every", "data.workers", "lora.format"),
     *("train.recompute", "train.max_skipped_steps", "train.spike_zscore", "train.on_spike"),
     "train.check_replicas_every",
     *("train.micro_batch_size", "train.gradient_accumulation_steps"),  # as long as a step has as many rows

@@ -33,9 +33,10 @@ class Observer:
     def __init__(
         self, folder: RunFolder | None, tracker: Tracker | None, max_steps: int, model: MixtralConfig, config: Config
     ) -> None:
-        self._folder, self._tracker = folder, tracker
+        self._tracker = tracker
         self._flops_per_token = model.training_flops_per_token(config.data.sequence_length)
         self._in_bf16 = config.train.precision == "bf16"
+        self._pictures = folder if config.run.plots else None
         self._metrics = folder.open_metrics() if folder else None
         self._progress = Progress(max_steps) if folder else None
         self._alarm = CollapseAlarm(model.num_experts_per_tok)
@@ -89,8 +90,8 @@ class Observer:
             self._progress.show(row)
             for line in self._alarm.hear(step, row["expert_load"]) if "expert_load" in row else ():
                 self._progress.say(line)
-            if "eval_loss" in row and self._folder:
-                draw(self._folder)
+            if "eval_loss" in row and step > 0 and self._pictures:
+                draw(self._pictures)
         if self._tracker:
             self._tracker.log(row)
 
@@ -148,8 +149,8 @@ class Observer:
         if self._metrics:
             with contextlib.suppress(OSError):  # of a line that the disk did not take
                 self._metrics.close()
-        if self._folder and kind is not None and "loss" in self.last:
-            self._draw_what_there_is(self._folder)
+        if self._pictures and kind is not None and "loss" in self.last:
+            self._draw_what_there_is(self._pictures)
         if self._tracker:
             self._tracker.finish(failed=kind is not None)
 
