@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixtral.configuration import MixtralConfig
-from mixtral.ops.experts import Assignment, Matrices, Projection, expert_ffn
+from mixtral.ops.experts import Activation, Assignment, Matrices, Projection, expert_ffn
 from mixtral.ops.permute import sort_rows
 
 
@@ -81,7 +81,9 @@ class Experts(nn.Module):
         self.opener: Opener = as_they_are
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
-        self.activation = config.activation
+        activation = config.activation
+        # As a submodule it would be hooked by what wraps models, and ranks would call it for each expert that has rows.
+        self.activation: Activation = activation.forward if isinstance(activation, nn.Module) else activation
 
     def forward(self, x_TH: Tensor, assignment: Assignment) -> Tensor:
         """Sends tokens through the experts that they are assigned to; returns (T, H), their weighted sums."""
