@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.train.helpers import SMALL, launch, metrics, torchrun, write_corpus
+from tests.warm import launch_ranks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -77,7 +78,7 @@ def words(tmp_path):
 def test_two_hosts_train_what_one_does(hosts, words, tmp_path):
     for done in start_on(hosts, [*words, f"run.dir={tmp_path / 'two'}"], named_interface=True):
         assert done.returncode == 0, done.stderr[-3000:]
-    done = launch([*torchrun(2), "-m", "train"], *words, f"run.dir={tmp_path / 'one'}")
+    done = launch_ranks(2, "train", *words, f"run.dir={tmp_path / 'one'}")
     assert done.returncode == 0, done.stderr[-3000:]
     for mine, other in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         for figure in ("loss", "router_loss", "grad_norm", "eval_loss"):

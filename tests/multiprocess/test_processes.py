@@ -1,8 +1,6 @@
-"""Several processes over gloo train what one does, under every launcher."""
+"""Several processes over gloo train what one does."""
 
 import socket
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from tests.warm import launch_ranks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 MODULE = ["-m", "train"]
-SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +20,13 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
-    """Launches a small run, by that many processes or a launcher's command, and returns its folder."""
+    """Launches a small run of so many processes, and returns its folder."""
     folders = tmp_path_factory.mktemp("runs")
 
-    def start(name, by, *words):
+    def start(name, processes, *words):
         folder = folders / name
         words = [*SMALL, f"data.path={corpus}", f"run.dir={folder}", *words]
-        done = launch_ranks(by, "train", *words) if isinstance(by, int) else launch(by, *words)
+        done = launch_ranks(processes, "train", *words)
         assert done.returncode == 0, done.stderr[-3000:]
         return folder
 
@@ -86,19 +83,6 @@ def test_a_stream_gives_two_processes_the_rows_of_one(run):
     one = run("stream-one", 1, *words, "train.micro_batch_size=4")
     for mine, other in zip(metrics(two)[1:], metrics(one)[1:], strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
-
-
-@pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])
-def test_other_launchers_train_the_same(run, one_process, launcher):
-    ports = ["--main_process_port", "0", "--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
-    commands = {
-        "deepspeed": [SCRIPTS / "deepspeed", "--num_gpus", "2", "--module", "train"],
-        "accelerate": [SCRIPTS / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", *ports, *MODULE],
-    }
-    folder = run(launcher, [str(word) for word in commands[launcher]], "train.max_steps=3", "train.micro_batch_size=4")
-    assert read_json(folder / "environment.json")["processes"] == 2
-    mine, other = metrics(folder)[1], metrics(one_process)[1]
-    assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
 
 def test_an_error_of_the_first_process_is_everyones_and_is_said_once(tmp_path):

@@ -32,7 +32,7 @@ def children(pid):
 
 def test_a_supervised_run_is_killed_and_ends_as_the_one_that_was_not(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl")
-    words = [f"data.path={corpus}", "train.max_steps=400", "checkpoint.every=20", "train.log_every=10"]
+    words = [f"data.path={corpus}", "train.max_steps=200", "checkpoint.every=20", "train.log_every=10"]
     words += ["evaluate.sample_tokens=0"]
     assert run_small(tmp_path / "whole", *words) == 0
     folder = tmp_path / "killed"
@@ -48,7 +48,7 @@ def test_a_supervised_run_is_killed_and_ends_as_the_one_that_was_not(tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while (read_name(folder / "checkpoints" / "latest") or "") < "step-00000060":
+        while (read_name(folder / "checkpoints" / "latest") or "") < "step-00000040":
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
