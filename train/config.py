@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import fnmatch
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,10 @@ _OF_LAYER = (
     *("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     *("input_layernorm.weight", "post_attention_layernorm.weight"),
 )
+
+
+QUANTIZED = re.compile(r".*\.(self_attn\.[qkvo]_proj\.weight|mlp\.experts\.(gate_up|down)_proj)")
+"""Names of the weights that `lora.quantize` holds in four bits."""
 
 
 @dataclass(kw_only=True, slots=True)

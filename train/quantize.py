@@ -10,7 +10,6 @@ Source: arXiv 2305.14314, section 3: NormalFloat in blocks of 64, whose scales a
 import functools
 import logging
 import math
-import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,12 +23,12 @@ from torch.autograd.function import once_differentiable
 from mixtral import MixtralConfig
 from mixtral.moe import Experts
 from mixtral.weights import names
+from train.config import QUANTIZED
 from train.errors import MachineError
 from train.parallel.engine import Weights
 
 BLOCK, OUTER = 64, 256  # weights of one scale, and scales of one scale of theirs
 CHUNK = 2**20  # weights quantized at once, which takes some 20 bytes for each
-QUANTIZED = re.compile(r".*\.(self_attn\.[qkvo]_proj\.weight|mlp\.experts\.(gate_up|down)_proj)")
 
 
 @functools.cache

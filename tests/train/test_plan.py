@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from mixtral import MixtralConfig
 from mixtral.weights.names import unwrapped
@@ -16,16 +17,21 @@ from train.errors import ConfigError
 from train.lora import trainable_model
 from train.plan.figures import figures_of
 from train.plan.hardware import device_of, table
-from train.plan.layout import Layout
+from train.plan.layout import NF4, Layout
 from train.plan.load import Skew, seen, skews_of
 from train.plan.memory import memory_of
 from train.plan.refusal import refuse_too_large
+from train.plan.report import report
 from train.plan.search import best
 from train.plan.seconds import flops_per_token, step_of
 from train.plan.verb import compose_plan
 
 EVEN = Skew()
 GB = 1e9
+MODEL = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "num_local_experts", "tie_word_embeddings"),
+)
 
 
 def planned(*words, processes=1, on_gpu=True):
@@ -48,13 +54,7 @@ def planned(*words, processes=1, on_gpu=True):
 )
 def test_the_parameters_are_the_models_own_in_name_order_shape_and_training(words):
     config = compose([*SMALL, *words]).config
-    sizes = MixtralConfig(
-        **{name: getattr(config.model, name) for name in ("vocab_size", "hidden_size", "intermediate_size")},
-        **{name: getattr(config.model, name) for name in ("num_hidden_layers", "num_attention_heads", "head_dim")},
-        num_key_value_heads=config.model.num_key_value_heads,
-        num_local_experts=config.model.num_local_experts,
-        tie_word_embeddings=config.model.tie_word_embeddings,
-    )
+    sizes = MixtralConfig(**{name: getattr(config.model, name) for name in MODEL})
     if config.data.format != "auto":
         sizes.problem_type, sizes.num_labels = "single_label_classification", len(config.data.labels) or 1
     model = trainable_model(config, sizes)
@@ -223,12 +223,43 @@ def test_a_run_that_cannot_fit_this_machine_ends_with_2_and_figures_and_may_be_s
     refuse_too_large(config, 1, 1e9, on_gpu=False)
 
 
-def test_nothing_is_refused_that_only_may_not_fit():
-    config = compose(["recipe=pretrain_tiny"]).config
+@pytest.mark.parametrize("words", [(), ("lora.rank=4", "lora.quantize=nf4", "train.precision=bf16")], ids=["", "nf4"])
+def test_nothing_is_refused_that_only_may_not_fit(words):
+    config = compose(["recipe=pretrain_tiny", *words]).config
     needed = memory_of(Layout(config, 1, on_gpu=False), EVEN).peak
     refuse_too_large(config, 1, 0.9 * needed, on_gpu=False)
     with pytest.raises(ConfigError, match="cannot fit"):
         refuse_too_large(config, 1, 0.8 * needed, on_gpu=False)
+
+
+def test_weights_in_four_bits_are_counted_as_the_bytes_that_hold_them():
+    config = compose([*SMALL, "lora.rank=4", "lora.quantize=nf4", "train.precision=bf16"]).config
+    sizes = MixtralConfig(**{name: getattr(config.model, name) for name in MODEL})
+    model = trainable_model(config, sizes)
+    theirs = {unwrapped(name): p.numel() for name, p in model.named_parameters() if p.dtype is torch.uint8}
+    layout = Layout(config, 1)
+    mine = [weight for weight in layout.weights if layout.is_quantized(weight)]
+    assert {weight.name for weight in mine} == theirs.keys()
+    assert NF4 * sum(weight.elements for weight in mine) == pytest.approx(sum(theirs.values()), rel=0.02)
+    # 45.10 B weights of the experts over 8 processes, and 1.34 B of attention, in 0.516 bytes each; 0.27 B others in 2
+    words = ("recipe=sft_8x7b_lora", "parallel.zero=1", "lora.quantize=nf4")
+    held = memory_of(planned(*words, processes=8), EVEN).moments["step"]["weights"]
+    assert held / GB == pytest.approx(0.516 * (45.10 / 8 + 1.34) + 2 * (0.27 + 0.05), abs=0.05)
+    refuse_too_large(compose_plan(words).config, 8, 45e9, on_gpu=True)  # in bf16 it would take 59 GB
+
+
+def test_what_is_not_modelled_is_said_and_refuses_nothing_but_what_is_known_not_to_fit():
+    words = ("model=mixtral_8x7b", "data.path=x", "train.max_steps=1", "train.only=model.layers.31.*")
+    layout = planned(*words)
+    assert "train.only=model.layers.31.*" in layout.left_out[0]
+    figures = figures_of(layout, device_of(layout.config.plan))
+    assert "not modelled: train.only" in report(figures, [], "")
+    known = memory_of(layout, EVEN).moments["step"]
+    refuse_too_large(layout.config, 1, sum(known.values()), on_gpu=True)
+    with pytest.raises(ConfigError, match="cannot fit"):
+        refuse_too_large(layout.config, 1, 0.8 * known["weights"], on_gpu=True)
+    assert not planned(*words[:3], "train.only=experts").left_out
+    assert planned(*words[:3], "train.only=lm_head.weight").left_out
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,12 @@ from tests.conftest import SIZES, skew_router
 from tests.train.helpers import read_json, run_small, write_corpus
 from tests.train.test_checkpoint import STEPS, assert_goes_on_bit_by_bit, state
 from train.compose import compose
+from train.config import QUANTIZED
 from train.lora import adapt, adapter_of, initial_adapters, trainable_model
 from train.merge import main as export
 from train.model import empty_model, model_config
 from train.parallel.engine import fill
-from train.quantize import QUANTIZED, QuantizedMatrices, library, pack, quantize, quantized, unpack
+from train.quantize import QuantizedMatrices, library, pack, quantize, quantized, unpack
 
 IDS = torch.arange(60).view(2, 30) * 7 % SIZES["vocab_size"]
 LORA = ["lora.rank=4", "lora.targets=q_proj,v_proj", "schedule.warmup_steps=0", "evaluate.sample_tokens=2"]

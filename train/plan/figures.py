@@ -34,6 +34,11 @@ class Figures:
     slow: Step
 
     @property
+    def held(self) -> int:
+        """Parameters that a process holds between passes."""
+        return round(sum(map(self.layout.held, self.layout.weights)))
+
+    @property
     def spare(self) -> float:
         """Bytes of the device that are left, below 0 where it does not fit; of host memory where that is less."""
         return min(self.device.memory - self.high.peak, self.device.host_memory - self.high.host)
@@ -75,7 +80,7 @@ class Figures:
                 "total": count.total,
                 "active": count.active,
                 "trained": count.trained,
-                "per_process": round(self.median.parts["weights"] / layout.bytes),
+                "per_process": self.held,
             },
             "memory": {
                 name: {
@@ -88,6 +93,7 @@ class Figures:
                 }
                 for name, memory in (("median", self.median), ("p99", self.high))
             },
+            "left_out": layout.left_out,
             "fits": self.fits,
             "is_tight": self.is_tight,
             "spare": self.spare,

@@ -50,6 +50,8 @@ def kept_of_layer(layout: Layout, skew: Skew) -> Kept:
     routed_backward = b * (filled + worst) * hidden + b * each * (5 * inner + 2 * hidden)
     if split:
         routed_backward += b * worst * hidden  # the gradient that arrived
+    if config.lora.quantize == "nf4":
+        routed_backward += b * 2 * inner * hidden  # the matrix that is made of its four bits, one at a time
     dense = tokens * (_norm(layout, 0) + _norm(layout, 1) + _attention(layout) + _router(layout))
     routed = _rows(layout, rows, rows + held * BLOCK / 2, split)
     if config.train.recompute == "layers":  # of a layer only the input is kept; when its turn comes, all of it is there

@@ -4,8 +4,11 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from train.config import MOMENTS, PROBLEMS, Config, words_of
+from train.config import MOMENTS, PROBLEMS, QUANTIZED, Config, words_of
 from train.plan.weights import Count, Weight, count, weights_of
+
+NF4 = 0.5 + (1 + 4 / 256) / 64
+"""Bytes of a weight in four bits: a scale in eight bits for 64 of them, and one in fp32 for 256 of these."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,16 @@ class Layout:
         """Elements of a parameter in a process, before ZeRO."""
         return weight.elements // self.expert_ranks if weight.is_expert else weight.elements
 
+    def held(self, weight: Weight) -> float:
+        """Elements of a parameter in a process between passes: what ZeRO-3 leaves there of it, or all."""
+        here = self.here(weight)
+        divided = self.zero == 3 and here >= self.config.parallel.persistent_elements
+        return weight.elements / self.processes if divided else here
+
+    def is_quantized(self, weight: Weight) -> bool:
+        """Whether a parameter is held in four bits."""
+        return self.config.lora.quantize == "nf4" and QUANTIZED.fullmatch(weight.name) is not None
+
     def owned(self, weight: Weight) -> float:
         """Elements of a parameter whose masters and moments a process has."""
         return weight.elements / self.processes if self.zero else self.here(weight)
@@ -108,6 +121,19 @@ class Layout:
     def trained_owned(self) -> float:
         """Elements whose masters and moments a process has."""
         return sum(self.owned(weight) for weight in self.weights if weight.trained)
+
+    @property
+    def left_out(self) -> list[str]:
+        """What this arithmetic does not know of such a run, in words: it may then need less than is computed."""
+        data, train, found = self.config.data, self.config.train, []
+        if self.is_classifier or not data.packing:
+            found.append("rows are counted at their full length, and may be shorter")
+        if self.config.parallel.dispatch != "dropless":
+            found.append(f"parallel.dispatch={self.config.parallel.dispatch}: its buffers are DeepSpeed's")
+        lowest = next((layer for layer, trained in enumerate(self.trained_of_layers) if any(trained)), None)
+        if lowest != 0 and not self.trains("embed_tokens"):
+            found.append(f"train.only={train.only}: layers below all that is trained keep nothing, and are counted")
+        return found
 
     def trains(self, *parts: str) -> bool:
         """Whether any parameter with one of these parts in its name has a gradient."""

@@ -7,7 +7,7 @@ words. Shape letters: see `mixtral/modeling.py`; P ranks share a layer's experts
 from dataclasses import dataclass, field
 
 from train.plan.kept import Kept, kept_of_layer
-from train.plan.layout import Layout
+from train.plan.layout import NF4, Layout
 from train.plan.load import Skew
 
 FP32 = 4
@@ -109,13 +109,7 @@ def _state(layout: Layout) -> tuple[dict[str, float], float]:
     """What is held all the time: weights, masters and moments; and what of it is in host memory instead."""
     parallel, b = layout.config.parallel, layout.bytes
     owned = layout.trained_owned
-    weights: float = b * sum(map(layout.here, layout.weights))
-    if layout.zero == 3:
-        small = parallel.persistent_elements
-        weights = b * sum(
-            layout.here(weight) if layout.here(weight) < small else weight.elements / layout.processes
-            for weight in layout.weights
-        )
+    weights = sum((NF4 if layout.is_quantized(weight) else b) * layout.held(weight) for weight in layout.weights)
     has_masters = layout.zero > 0 or b < FP32
     state = {
         "weights": weights,

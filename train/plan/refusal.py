@@ -1,6 +1,6 @@
 """What a start refuses: a layout that cannot fit the memory that each process has."""
 
-from train.config import PROBLEMS, Config
+from train.config import Config
 from train.errors import ConfigError
 from train.plan.layout import Layout
 from train.plan.load import Skew
@@ -9,7 +9,8 @@ from train.plan.memory import Memory, memory_of
 GB = 1e9
 WORST = 0.12
 """Share by which this arithmetic was ever too high, as bench/plan.py measured: so much less is not refused."""
-WHATEVER_THE_ROWS = ("start", "reduction", "step")
+KNOWN = ("reduction", "step")
+"""Moments whose memory does not hang on what layers keep."""
 
 
 def refuse_too_large(config: Config, processes: int, available: float, *, on_gpu: bool) -> None:
@@ -28,9 +29,12 @@ def refuse_too_large(config: Config, processes: int, available: float, *, on_gpu
         return
     layout = Layout(config, processes, on_gpu)
     memory = memory_of(layout, Skew())
-    if config.data.format in PROBLEMS or not config.data.packing or config.parallel.dispatch != "dropless":
-        state = {moment: memory.moments[moment] for moment in WHATEVER_THE_ROWS}  # the rows may be shorter, or fewer
-        memory = Memory(state, memory.host)
+    moments = {
+        name: parts for name, parts in memory.moments.items() if name != "start"
+    }  # it copies where there is room
+    if layout.left_out:
+        moments = {name: moments[name] | {"overhead": 0.0} for name in KNOWN}  # which is a share of what layers keep
+    memory = Memory(moments, memory.host)
     least = (1 - WORST) * memory.peak
     if least > available:
         parts = ", ".join(f"{size / GB:.1f} {kind}" for kind, size in memory.parts.items() if size > 0.05 * memory.peak)

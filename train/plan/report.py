@@ -69,11 +69,10 @@ def _header(figures: Figures) -> list[str]:
     layout, device, count = figures.layout, figures.device, figures.layout.count
     train = layout.config.train
     hosts = math.ceil(layout.processes / device.per_host)
-    here = figures.median.parts["weights"] / layout.bytes
     load = ", ".join(f"{skew.mean:.2f} ({skew.source})" for skew in (figures.skews.median, figures.skews.high))
     lines = {
         "model": f"{number(count.total)} parameters, {number(count.active)} active per token, {number(count.trained)} "
-        f"trained, {number(here)} held by a process",
+        f"trained, {number(figures.held)} held by a process",
         "devices": f"{layout.processes} x {device.name} of {device.memory / GB:.0f} GB, {hosts} "
         f"host{'s' if hosts > 1 else ''}",
         "layout": words_of(figures),
@@ -81,7 +80,8 @@ def _header(figures: Figures) -> list[str]:
         f"of {layout.config.data.sequence_length} x {train.gradient_accumulation_steps} accumulated, {train.precision}",
         "load": f"the rank with the most rows takes so many times an even share: {load}",
     }
-    return [f"{name:>8}  {text}" for name, text in lines.items()]
+    left_out = [f"not modelled: {words}" for words in layout.left_out]
+    return [f"{name:>8}  {text}" for name, text in lines.items()] + left_out
 
 
 def _memory(figures: Figures) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from train.plan.hardware import Device
 from train.plan.kept import FP32
-from train.plan.layout import Layout
+from train.plan.layout import NF4, Layout
 from train.plan.load import Skew
 
 BACKWARD = 2  # a product's gradients are two products: that of its input, and that of its weight
@@ -106,7 +106,9 @@ def compute(layout: Layout, device: Device, skew: Skew) -> dict[str, float]:
         "attention": layers * (projections / share.matrices + core / share.attention) / peak,
         "experts": layers * experts / share.experts / peak,
         "logits": head / share.matrices / peak,
-        "elementwise": _moved(layout, rows, 1 + again + BACKWARD) / share.memory / device.bandwidth,
+        "elementwise": (_moved(layout, rows, 1 + again + BACKWARD) + (2 + again) * _made(layout))
+        / share.memory
+        / device.bandwidth,
     }
     started = (
         layers
@@ -136,6 +138,11 @@ def _moved(layout: Layout, rows: float, passes: int) -> float:
     routed = rows * (b * (4 * hidden + 3 * inner) + FP32 * hidden)
     logits = 0.0 if layout.is_classifier else tokens * model.vocab_size * (4 * FP32 + b)
     return model.num_hidden_layers * passes * (dense + routed) + logits
+
+
+def _made(layout: Layout) -> float:
+    """Bytes of a pass in which weights are made of their four bits: these are read, the weights written."""
+    return (NF4 + layout.bytes) * sum(layout.here(weight) for weight in layout.weights if layout.is_quantized(weight))
 
 
 def link(layout: Layout, device: Device, ranks: int, stride: int) -> float:
