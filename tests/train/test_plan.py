@@ -223,6 +223,23 @@ def test_a_run_that_cannot_fit_this_machine_ends_with_2_and_figures_and_may_be_s
     refuse_too_large(config, 1, 1e9, on_gpu=False)
 
 
+def test_the_start_takes_a_second_copy_of_weights_where_deepspeed_makes_it_there_and_refuses_nothing_by_itself():
+    words = ("model=mixtral_8x7b", "data.path=x", "train.max_steps=1", "data.sequence_length=256")
+
+    def start(zero, on_gpu, precision="bf16"):
+        layout = planned(*words, f"parallel.zero={zero}", f"train.precision={precision}", processes=64, on_gpu=on_gpu)
+        return memory_of(layout, EVEN).moments["start"]["communication"] / GB
+
+    assert [start(1, True), start(1, False), start(2, False)] == pytest.approx([2 * 46.7] * 3, rel=0.01)
+    masters = [start(2, True), start(1, True, "fp32"), start(3, True)]
+    assert masters == pytest.approx([4 * 46.7 / 64] * 3, rel=0.01)
+    layout = planned(*words, "parallel.zero=2", "optim=sgd", processes=64, on_gpu=False)
+    moments = memory_of(layout, EVEN).moments
+    others = max(sum(parts.values()) for moment, parts in moments.items() if moment != "start")
+    assert others < 0.8 * sum(moments["start"].values())
+    refuse_too_large(layout.config, 64, others, on_gpu=False)
+
+
 @pytest.mark.parametrize("words", [(), ("lora.rank=4", "lora.quantize=nf4", "train.precision=bf16")], ids=["", "nf4"])
 def test_nothing_is_refused_that_only_may_not_fit(words):
     config = compose(["recipe=pretrain_tiny", *words]).config

@@ -127,9 +127,13 @@ def _state(layout: Layout) -> tuple[dict[str, float], float]:
 
 
 def _start(layout: Layout, state: dict[str, float]) -> dict[str, float]:
-    """The engine is built: ZeRO-1 and 2 copy the weights of a group into one tensor, and then let go of them."""
+    """The engine is built: ZeRO-1 and 2 copy the weights of a group into one tensor, and then let go of them.
+
+    On a GPU that is so for `BF16_Optimizer` alone: the other one does it in host memory where there is no room.
+    """
     copied = max((sum(map(layout.here, group)) for group in layout.groups), default=0)
-    copies = layout.bytes * copied if layout.zero in (1, 2) else 0.0
+    on_device = layout.zero in (1, 2) and (not layout.on_gpu or (layout.zero == 1 and layout.bytes < FP32))
+    copies = layout.bytes * copied if on_device else 0.0
     return {"weights": state["weights"], "communication": max(copies, state["masters"])}
 
 
