@@ -61,7 +61,7 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     if folder:
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
     tracker = open_tracker(config.tracker, folder) if folder else None
-    with Observer(folder, tracker, max_steps, model.config, config) as observer:
+    with Observer(folder, tracker, max_steps, model.config, config) as observer, checkpoints.finished():
         keep = keeper_of_best(engine, tokenizer, data, config, observer)
         evaluations = Evaluations(engine, config, data, prompts, keep)
         train(engine, config, data, max_steps, observer, checkpoints, evaluations)

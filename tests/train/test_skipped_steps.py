@@ -2,18 +2,24 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train.evaluate.evaluations
 import train.loop
 from mixtral import MixtralForCausalLM
 from tests.multiprocess.many_runs import run
 from tests.train.helpers import metrics, read_json, run_small, write_corpus
 from tests.train.test_checkpoint import figures, tensors
+from train.checkpoint import values
+from train.checkpoint.find import listed
+from train.checkpoint.manifest import check_folder
 from train.config import TrainConfig
+from train.errors import NumericsError
 from train.guard import Guard, Skip, zscore
 
 WORDS = ["train.max_steps=12", "checkpoint.every=5", "checkpoint.keep_last=3", "evaluate.sample_tokens=0"]
@@ -107,6 +113,40 @@ def test_a_run_whose_first_step_is_skipped_goes_on_from_it_as_if_it_had_not_stop
     assert run_small(tmp_path / "parts", *words, "train.max_steps=3") == 0
     assert figures(tmp_path / "parts")[2:] == figures(tmp_path / "whole")[2:]
     assert tensors(tmp_path / "parts", 3) == tensors(tmp_path / "whole", 3)
+
+
+@pytest.mark.parametrize("bad", ["step", "evaluation"])
+def test_a_run_that_ends_with_5_first_completes_the_checkpoint_that_is_being_written(
+    bad, corpus, tmp_path, monkeypatch
+):
+    write, begun = values.write_durably, []
+    objective_parts, evaluate = train.loop.objective_parts, train.evaluate.evaluations.evaluate
+
+    def write_slowly(path, *inputs, **named):
+        begun.append(path)
+        time.sleep(1.0)
+        return write(path, *inputs, **named)
+
+    def not_finite(output, *inputs):
+        parts = objective_parts(output, *inputs)
+        parts.cross_entropy = parts.cross_entropy * (torch.nan if begun else 1.0)
+        return parts
+
+    def evaluation(*inputs):
+        if begun:
+            raise NumericsError("the held-out loss is nan")
+        return evaluate(*inputs)
+
+    monkeypatch.setattr(values, "write_durably", write_slowly)
+    if bad == "step":
+        monkeypatch.setattr("train.loop.objective_parts", not_finite)
+    else:
+        monkeypatch.setattr("train.evaluate.evaluations.evaluate", evaluation)
+    words = ["checkpoint.every=2", "checkpoint.asynchronous=true", "evaluate.every=3", "train.max_skipped_steps=1"]
+    assert run_small(tmp_path, f"data.path={corpus}", *WORDS, *words) == 5
+    assert [path.name for path in begun] == ["rank-00000.safetensors"]
+    assert [step for step, _ in listed(tmp_path / "checkpoints")] == [2]
+    check_folder(tmp_path / "checkpoints" / "step-00000002")
 
 
 def test_steps_in_a_row_are_counted_from_the_last_that_was_taken():

@@ -29,7 +29,7 @@ from train.checkpoint.manifest import (
 from train.checkpoint.values import Values, write_slices
 from train.config import Config
 from train.data.loader import Data
-from train.errors import CheckpointError, ConfigError, DataError, MachineError, UserError
+from train.errors import CheckpointError, ConfigError, DataError, MachineError, NumericsError, UserError
 from train.folder import RunFolder, has_trained
 from train.parallel.engine import Engine
 
@@ -288,6 +288,19 @@ class Checkpoints:
             with self._saving(pending):
                 published = pending.published or self._publish_written(pending, beside=False)
                 self._engine.everywhere(published.result)
+
+    @contextlib.contextmanager
+    def finished(self) -> Iterator[None]:
+        """Completes what is being written before a run is left by an error that all processes raise."""
+        try:
+            yield
+        except NumericsError:
+            try:
+                self.finish()
+            except MachineError as error:
+                if self._folder:
+                    print(f"WARNING: {error}", flush=True)
+            raise
 
     @contextlib.contextmanager
     def _saving(self, pending: Pending) -> Iterator[None]:
