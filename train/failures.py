@@ -23,7 +23,7 @@ NAMED = 8  # processes in a message
 
 
 class Failures:
-    """Says which step is a spike, or skipped and why, keeps the batch, and ends the run where too many are skipped.
+    """Says which step is a spike, or skipped and why, keeps the batch, and tells when too many were skipped.
 
     Args:
         engine: of the run.
@@ -41,7 +41,9 @@ class Failures:
         self._observer, self._guard = observer, guard
         self._folder = Path(str(config.run.dir)) / "failures"
 
-    def report(self, step: int, skip: Skip | None, micro_batches: Sequence[AnyBatch], lr: float) -> None:
+    def report(
+        self, step: int, skip: Skip | None, micro_batches: Sequence[AnyBatch], lr: float
+    ) -> NumericsError | None:
         """Reports a step, if there is anything to say of it; every process must call it.
 
         Args:
@@ -50,13 +52,13 @@ class Failures:
             micro_batches: of this process.
             lr: that the step would have had.
 
-        Raises:
-            NumericsError: on every process, when it was one too many in a row.
+        Returns:
+            What every process is to end with, when it was one too many in a row.
         """
         if self._guard.alarm:
             self._observer.say(f"ALARM step {step}: {self._guard.alarm}")
         if skip is None:
-            return
+            return None
         kept = self._engine.gather(self._keep(step, skip, micro_batches, lr))
         places = [f"process {rank} (rows {_words(self._rows(rank, step))})" for rank in skip.ranks[:NAMED]]
         places += [f"{len(skip.ranks) - NAMED} more"] if len(skip.ranks) > NAMED else []
@@ -64,8 +66,9 @@ class Failures:
         batches = f"kept: {', '.join(filter(None, kept))}"
         count = f"{guard.in_a_row} in a row, of train.max_skipped_steps={guard.most}"
         self._observer.say(f"WARNING {what}: skipped, nothing was updated; {count}; {batches}")
-        if guard.is_over:
-            raise NumericsError(f"{what}: nothing was updated; {count}; lower optim.lr or look at the data; {batches}")
+        if not guard.is_over:
+            return None
+        return NumericsError(f"{what}: nothing was updated; {count}; lower optim.lr or look at the data; {batches}")
 
     def _rows(self, rank: int, step: int) -> list[range]:
         return Share.of(self._config.train, rank, self._share.world_size).rows(step - 1)

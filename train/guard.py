@@ -39,6 +39,7 @@ class Guard:
         skipped: how many were.
         in_a_row: how many were since the last that was taken.
         alarm: what is to be said of the step judged last, if it is a spike.
+        score: how many deviations its loss was above the median then.
     """
 
     def __init__(self, config: TrainConfig, replicas: Replicas | None = None) -> None:
@@ -46,7 +47,7 @@ class Guard:
         self.most, self._highest = config.max_skipped_steps, config.spike_zscore
         self._skips_spikes = config.on_spike == "skip"
         self.skipped = self.in_a_row = 0
-        self.alarm = ""
+        self.alarm, self.score = "", 0.0
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     @property
@@ -79,9 +80,13 @@ class Guard:
         """Says how far a loss is above those of the steps that were taken last, if that is too far."""
         if self._highest is None or len(self._losses) < LEAST:
             return ""
-        score = zscore(loss, list(self._losses))
-        above = f"{score:.1f} deviations above the median of the last {len(self._losses)}"
-        return f"the loss {loss:.4g} is {above}" if score > self._highest else ""
+        self.score = zscore(loss, list(self._losses))
+        above = f"{self.score:.1f} deviations above the median of the last {len(self._losses)}"
+        return f"the loss {loss:.4g} is {above}" if self.score > self._highest else ""
+
+    def figures(self) -> dict[str, float]:
+        """Gives what a row of metrics.jsonl says of the step judged last, and of those that were skipped."""
+        return {"skipped_steps": self.skipped} | ({"spike_zscore": self.score} if self.alarm else {})
 
     def count(self, loss: float, skip: Skip | None) -> None:
         """Counts a step that was taken, or was not; the loss of one that was is compared with from now on."""

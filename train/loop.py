@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixtral.losses import load_balancing_loss
 from train.balance import Balance
-from train.checkpoint.checkpoints import Checkpoints, Part
+from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.preemption import Preemption
 from train.config import Config
 from train.data.labelled import AnyBatch
@@ -96,9 +96,7 @@ def train(
     replicas = Replicas(engine, config.train.check_replicas_every, checkpoints.step)
     guard = Guard(config.train, replicas)
     failures = Failures(engine, config, data, share, observer, guard)
-    parts: dict[str, Part] = {"router": balance, "figures": observer, "best": evaluations.best, "guard": guard}
-    for name, part in parts.items():
-        checkpoints.carry(name, part)
+    checkpoints.carry(router=balance, figures=observer, best=evaluations.best, guard=guard)
     checkpoints.seed(config.run.seed + 1)  # dropout differs between processes
     prefetch = Prefetch(data.steps(share, checkpoints.step))
     with contextlib.closing(prefetch) as steps, Preemption(engine, enabled=checkpoints.enabled) as preemption:
@@ -113,17 +111,19 @@ def train(
             result = train_step(engine, micro_batches, lr, coefficients, balance.load_LE, guard)
             balance.follow(result.load, steps_left=max_steps - step)
             observer.count(result.tokens, seconds=time.perf_counter() - started, waited=waited)
-            failures.report(step, result.skip, micro_batches, lr)
+            failure = failures.report(step, result.skip, micro_batches, lr)
             stopping = preemption.agreed()
-            evaluating = step == max_steps or (config.evaluate.every and step % config.evaluate.every == 0)
-            if evaluating or result.skip or step % config.train.log_every == 0 or step == 1:
-                figures = {**result.figures(), "lr": lr, "skipped_steps": guard.skipped, **observer.speed(engine)}
+            evaluating = failure is None and evaluations.are_due(step, last=step == max_steps)
+            if evaluating or result.skip or guard.alarm or step % config.train.log_every == 0 or step == 1:
+                figures = {**result.figures(), "lr": lr, **guard.figures(), **observer.speed(engine)}
                 if evaluating and stopping:
                     observer.postpone(step, figures)
                 else:
                     evaluated = evaluations.figures() if evaluating else {}
                     observer.log(step, figures | evaluated)
                     ending = bool(evaluated) and evaluations.hear(step, evaluated)
+            if failure is not None:
+                raise failure
             ending |= step == max_steps
             if stopping or checkpoints.is_due(step, last=ending):
                 replicas.compare()

@@ -93,10 +93,14 @@ def test_going_on_from_a_checkpoint_in_a_folder_of_its_own_replays_the_step(fini
     last = max(step for step in failed if step > 5)
     words = [f"data.path={corpus}", f"model.init_from={broken}", *WORDS, "train.max_skipped_steps=0"]
     before = finished / "checkpoints" / f"step-{(last - 1) // 5 * 5:08d}"
-    assert run_small(tmp_path / "replay", *words, f"checkpoint.resume={before}") == 5
+    assert run_small(tmp_path / "replay", *words, f"checkpoint.resume={before}", "train.log_every=100") == 5
     first = min(step for step in failed if step > (last - 1) // 5 * 5)
     name = f"step-{first:08d}-rank-0.safetensors"
     assert name in read_json(tmp_path / "replay" / "exit.json")["message"]
+    assert (
+        metrics(tmp_path / "replay")[-1].items()
+        >= {"step": first, "skipped_steps": len(failed[: failed.index(first) + 1])}.items()
+    )
     assert (tmp_path / "replay" / "failures" / name).read_bytes() == (finished / "failures" / name).read_bytes()
 
 
@@ -201,6 +205,7 @@ def test_a_loss_times_a_hundred_is_said_with_its_score_and_skipped_where_that_is
 ):
     """The window of losses goes through a checkpoint."""
     words = [f"data.path={corpus}", *WORDS, "checkpoint.every=25", "train.max_steps=30", f"train.on_spike={on_spike}"]
+    words.append("train.log_every=10")
     objective_parts, taken = train.loop.objective_parts, [0]
 
     def times_a_hundred(output, *inputs):
@@ -218,6 +223,9 @@ def test_a_loss_times_a_hundred_is_said_with_its_score_and_skipped_where_that_is
     assert re.findall(r"ALARM step (\d+): the loss [\d.]+ is [\d.]+ deviations above the median", said) == ["28"]
     rows = metrics(tmp_path)
     assert rows[-1]["skipped_steps"] == (on_spike == "skip")
-    assert ("loss" in rows[28]) == (on_spike == "log")
+    assert ("loss" in rows[4]) == (on_spike == "log")
+    assert [row["step"] for row in rows] == [0, 1, 10, 20, 28, 30]
+    (score,) = [row["spike_zscore"] for row in rows if "spike_zscore" in row]
+    assert f"is {score:.1f} deviations above" in said
     assert read_json(tmp_path / "checkpoints" / "step-00000030" / "state.json")["updates"] == 30 - (on_spike == "skip")
     assert (tmp_path / "failures" / "step-00000028-rank-0.safetensors").exists() == (on_spike == "skip")

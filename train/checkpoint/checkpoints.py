@@ -212,11 +212,12 @@ class Checkpoints:
             if count:
                 print(f"{count} rows past step {self.step} are now in metrics.discarded.jsonl", flush=True)
 
-    def carry(self, name: str, part: Part) -> None:
-        """Has a part of the run saved in every checkpoint from now on, and gives it what the one restored held."""
-        self._parts[name] = part
-        if self._found is not None and name in self._found.state["parts"]:
-            part.restore(self._found.state["parts"][name])
+    def carry(self, **parts: Part) -> None:
+        """Has parts of the run saved in every checkpoint from now on, and gives each what the one restored held."""
+        self._parts |= parts
+        for name, part in parts.items():
+            if self._found is not None and name in self._found.state["parts"]:
+                part.restore(self._found.state["parts"][name])
 
     def seed(self, seed: int) -> None:
         """Seeds this process's random numbers, or sets them to where they were.

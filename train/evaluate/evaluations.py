@@ -34,6 +34,11 @@ class Evaluations:
     def __post_init__(self) -> None:
         self.best = Best(self.config.evaluate.metric, self.config.evaluate.patience)
 
+    def are_due(self, step: int, *, last: bool) -> bool:
+        """Whether the model is to be evaluated after a step."""
+        every = self.config.evaluate.every
+        return last or (every is not None and step % every == 0)
+
     def figures(self) -> dict[str, float]:
         """Evaluates; every process takes part."""
         return evaluate(self.engine, self.config, self.data, self.prompts)
