@@ -10,6 +10,7 @@ import transformers
 from tests.train.helpers import SMALL, WORDS, metrics, read_json, run_small, write_corpus
 from tests.train.test_labelled import labelled, write
 from train.cli import main
+from train.evaluate.models import find_models
 
 FREE = [word for word in SMALL if not word.startswith("model.")]
 
@@ -104,6 +105,15 @@ def test_an_adapter_is_evaluated_on_the_weights_that_it_names(tmp_path, corpus, 
         expected = metrics(models[name].parent)[-1]["eval_loss"]
         assert found[str(models[name])]["eval_loss"] == pytest.approx(expected, abs=1e-6)
     assert found[pair[0]]["eval_loss"] != found[pair[1]]["eval_loss"]
+
+
+def test_a_model_that_is_named_besides_those_to_compare_changes_none_of_them(models):
+    words = [*FREE, "data.path=x", f"model.init_from={models['a']}"]
+    found = find_models([*words, f"evaluate.compare=[{models['a']},{models['lora']}]"])
+    base, adapted = (found[str(models[name])].config for name in ("a", "lora"))
+    assert base.model == adapted.model
+    assert (base.lora.rank, base.lora.init_from) == (0, None)
+    assert (adapted.lora.rank, adapted.lora.init_from) == (4, str(models["lora"]))
 
 
 def test_every_source_has_a_perplexity_of_its_own_weighted_by_tokens(tmp_path, models):

@@ -24,11 +24,12 @@ def find_models(words: Sequence[str]) -> dict[str, Composed]:
     Raises:
         ConfigError: when none is named, one twice, or one of them does not go with the rest.
     """
-    words = _complete(words)
-    composed = compose(words)
+    words = _with_steps(words)
+    named = _named(words)
+    composed = compose(named)
     names, zero = composed.config.evaluate.compare, composed.config.parallel.zero
     if not names:
-        return dict([_of_one(words, composed, "evaluate", ", or several in evaluate.compare")])
+        return dict([_of_one(named, composed, "evaluate", ", or several in evaluate.compare")])
     if len(set(names)) < len(names):
         raise ConfigError(f"evaluate.compare={names} names a model twice")
     if len(names) > 1 and zero == 3:
@@ -46,18 +47,22 @@ def find_model(words: Sequence[str], verb: str) -> Composed:
     Raises:
         ConfigError: when none is named.
     """
-    words = _complete(words)
+    words = _named(_with_steps(words))
     return _of_one(words, compose(words), verb)[1]
 
 
-def _complete(words: Sequence[str]) -> list[str]:
-    """Adds what training alone needs, and what else makes up a model that is named alone."""
+def _with_steps(words: Sequence[str]) -> list[str]:
+    """Adds what training alone needs."""
     keys = {_key(word) for word in words}
-    needed = [] if keys & {"recipe", "train.max_steps", "train.epochs"} else ["train.max_steps=1"]
+    return [*([] if keys & {"recipe", "train.max_steps", "train.epochs"} else ["train.max_steps=1"]), *words]
+
+
+def _named(words: list[str]) -> list[str]:
+    """Adds what else makes up a model that is named alone."""
     named = [word.partition("=")[2] for word in words if _key(word) == "model.init_from"]
-    if named and "lora.init_from" not in keys:
-        return [*needed, *_without_model(words), *words_of_model(named[-1])]
-    return [*needed, *words]
+    if named and "lora.init_from" not in map(_key, words):
+        return [*_without_model(words), *words_of_model(named[-1])]
+    return words
 
 
 def _of_one(words: list[str], composed: Composed, verb: str, others: str = "") -> tuple[str, Composed]:
