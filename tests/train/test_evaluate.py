@@ -10,7 +10,9 @@ import transformers
 from tests.train.helpers import SMALL, WORDS, metrics, read_json, run_small, write_corpus
 from tests.train.test_labelled import labelled, write
 from train.cli import main
-from train.evaluate.models import find_models
+from train.compose import recipes
+from train.errors import ConfigError
+from train.evaluate.models import find_model, find_models
 
 FREE = [word for word in SMALL if not word.startswith("model.")]
 
@@ -98,8 +100,10 @@ def test_two_models_are_compared_on_held_out_rows_and_prompts(tmp_path, corpus, 
 
 def test_an_adapter_is_evaluated_on_the_weights_that_it_names(tmp_path, corpus, models):
     pair = [str(models["a"]), str(models["lora"])]
-    words = ["evaluate", *FREE, "lora.rank=4", "lora.dropout=0.1", f"data.path={corpus}", f"run.dir={tmp_path / 'run'}"]
-    assert main([*words, f"evaluate.compare=[{','.join(pair)}]"]) == 0
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(recipes()["pretrain_tiny"].read_text() + "\nlora:\n  rank: 4\n  dropout: 0.1\n")
+    words = [*FREE[1:], f"recipe={recipe}", f"data.path={corpus}", f"evaluate.compare=[{','.join(pair)}]"]
+    assert main(["evaluate", *words, f"run.dir={tmp_path / 'run'}"]) == 0
     found = read_json(tmp_path / "run" / "evaluation.json")["models"]
     for name in ("a", "lora"):
         expected = metrics(models[name].parent)[-1]["eval_loss"]
@@ -114,6 +118,22 @@ def test_a_model_that_is_named_besides_those_to_compare_changes_none_of_them(mod
     assert base.model == adapted.model
     assert (base.lora.rank, base.lora.init_from) == (0, None)
     assert (adapted.lora.rank, adapted.lora.init_from) == (4, str(models["lora"]))
+    (quantized,) = find_models([*words[:-1], f"evaluate.compare=[{models['lora']}]", "lora.quantize=nf4"]).values()
+    assert quantized.config.lora.quantize == "nf4"
+
+
+@pytest.mark.parametrize("word", ["lora.quantize=nf4", "lora.rank=4"])
+def test_a_word_of_adapters_is_refused_for_a_model_that_has_none(models, word, tmp_path, capsys):
+    base = f"model.init_from={models['a']}"
+    compared = f"evaluate.compare=[{models['lora']},{models['a']}]"
+    for words in (["evaluate", *FREE, base], ["evaluate", *FREE, compared], ["generate", base, "generate.prompt=a"]):
+        assert main([*words, "data.path=x", word]) == 2
+        assert f"{word} is of an adapter, and {models['a']} has none" in capsys.readouterr().err
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"model:\n  init_from: {models['a']}\ntrain:\n  max_steps: 1\nlora:\n  rank: 4\n")
+    assert find_model([f"recipe={recipe}", "data.path=x"], "generate").config.lora.rank == 0
+    with pytest.raises(ConfigError, match=word):
+        find_model([f"recipe={recipe}", "data.path=x", word], "generate")
 
 
 def test_every_source_has_a_perplexity_of_its_own_weighted_by_tokens(tmp_path, models):

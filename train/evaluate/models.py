@@ -25,16 +25,16 @@ def find_models(words: Sequence[str]) -> dict[str, Composed]:
         ConfigError: when none is named, one twice, or one of them does not go with the rest.
     """
     words = _with_steps(words)
-    named = _named(words)
-    composed = compose(named)
-    names, zero = composed.config.evaluate.compare, composed.config.parallel.zero
+    config = compose(_named([word for word in words if not _key(word).startswith("lora.")])).config
+    names, zero = config.evaluate.compare, config.parallel.zero
     if not names:
-        return dict([_of_one(named, composed, "evaluate", ", or several in evaluate.compare")])
+        named = _named(words)
+        return dict([_of_one(named, compose(named), "evaluate", ", or several in evaluate.compare")])
     if len(set(names)) < len(names):
         raise ConfigError(f"evaluate.compare={names} names a model twice")
     if len(names) > 1 and zero == 3:
         raise ConfigError("evaluate.compare holds one model after the other, whole: set parallel.zero to 2 or less")
-    return {name: compose([*_without_model(words), *words_of_model(name)]) for name in names}
+    return {name: compose(words_of_model(name, words)) for name in names}
 
 
 def find_model(words: Sequence[str], verb: str) -> Composed:
@@ -61,7 +61,7 @@ def _named(words: list[str]) -> list[str]:
     """Adds what else makes up a model that is named alone."""
     named = [word.partition("=")[2] for word in words if _key(word) == "model.init_from"]
     if named and "lora.init_from" not in map(_key, words):
-        return [*_without_model(words), *words_of_model(named[-1])]
+        return words_of_model(named[-1], words)
     return words
 
 
@@ -72,7 +72,7 @@ def _of_one(words: list[str], composed: Composed, verb: str, others: str = "") -
     if name is None:
         raise ConfigError(f"{verb} needs a model: name it in model.init_from{others}")
     if config.lora.init_from is None and not set(BARE) <= set(words):
-        return name, compose([*words, *BARE])
+        return name, compose(_bare(name, words))
     return name, composed
 
 
@@ -80,23 +80,35 @@ def _key(word: str) -> str:
     return word.partition("=")[0].lstrip("+")
 
 
-def _without_model(words: Sequence[str]) -> list[str]:
-    return [word for word in words if _key(word) not in OF_MODEL]
-
-
-def words_of_model(name: str) -> list[str]:
-    """Gives the words that name a model, or an adapter and the weights that it was trained on.
+def _bare(name: str, words: Sequence[str]) -> list[str]:
+    """Takes away from words what a recipe says of adapters.
 
     Raises:
-        ConfigError: for an adapter that does not say which.
+        ConfigError: for what they say themselves, which would be lost.
     """
+    taken = {_key(word) for word in BARE}
+    for word in words:
+        if _key(word) in taken and word.lstrip("+") not in BARE:
+            raise ConfigError(
+                f"{word} is of an adapter, and {name} has none: leave it out, or name an adapter's folder"
+            )
+    return [*words, *BARE]
+
+
+def words_of_model(name: str, words: Sequence[str]) -> list[str]:
+    """Adds to words those that name a model, or an adapter and the weights that it was trained on.
+
+    Raises:
+        ConfigError: for an adapter that does not say which, or a word of adapters for a model without.
+    """
+    words = [word for word in words if _key(word) not in OF_MODEL]
     path = Path(name).expanduser() / "adapter_config.json"
     if not path.is_file():
-        return [f"model.init_from={name}", *BARE]
+        return _bare(name, [*words, f"model.init_from={name}"])
     try:
         base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error})") from None
     if not base:
         raise ConfigError(f"{path} does not say which weights it adapts: merge it by cierzo export")
-    return [f"model.init_from={base}", f"lora.init_from={name}"]
+    return [*words, f"model.init_from={base}", f"lora.init_from={name}"]
