@@ -100,6 +100,16 @@ def compose(argv: Sequence[str]) -> Composed:
     return Composed(config=config, recipe=name, overrides=list(argv))
 
 
+def compose_without_data(words: Sequence[str]) -> Composed:
+    """Composes the configuration of what reads no data, so that none need be named; see `compose`."""
+    try:
+        return compose(words)
+    except ConfigError as error:
+        if not str(error).startswith("data.path is needed"):
+            raise
+        return compose([*words, "data.path=DATA"])
+
+
 def _explicit_keys(words: Sequence[str], recipe: Path | None) -> set[str]:
     """Names the keys that the command line or the recipe itself sets, groups aside."""
     tree = _read_recipe(recipe) if recipe else {}

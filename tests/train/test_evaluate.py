@@ -130,10 +130,13 @@ def test_a_word_of_adapters_is_refused_for_a_model_that_has_none(models, word, t
         assert main([*words, "data.path=x", word]) == 2
         assert f"{word} is of an adapter, and {models['a']} has none" in capsys.readouterr().err
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(f"model:\n  init_from: {models['a']}\ntrain:\n  max_steps: 1\nlora:\n  rank: 4\n")
-    assert find_model([f"recipe={recipe}", "data.path=x"], "generate").config.lora.rank == 0
+    text = recipes()["sft_8x7b_lora"].read_text()
+    recipe.write_text(text.replace("mistralai/Mixtral-8x7B-v0.1", str(models["a"])))
+    assert find_model([f"recipe={recipe}"], "generate").config.lora.rank == 0  # which needs no data either
     with pytest.raises(ConfigError, match=word):
-        find_model([f"recipe={recipe}", "data.path=x", word], "generate")
+        find_model([f"recipe={recipe}", word], "generate")
+    with pytest.raises(ConfigError, match="data.path is needed"):
+        find_models([f"recipe={recipe}"])
 
 
 def test_every_source_has_a_perplexity_of_its_own_weighted_by_tokens(tmp_path, models):

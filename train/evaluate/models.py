@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.compose import Composed, compose
+from train.compose import Composed, compose, compose_without_data
 from train.errors import ConfigError
 
 ABSENT = ("init_from=null", "rank=0", "dropout=0.0", "dora=false", "rslora=false", "quantize=none")
@@ -28,8 +28,8 @@ def find_models(words: Sequence[str]) -> dict[str, Composed]:
     config = compose(_named([word for word in words if not _key(word).startswith("lora.")])).config
     names, zero = config.evaluate.compare, config.parallel.zero
     if not names:
-        named = _named(words)
-        return dict([_of_one(named, compose(named), "evaluate", ", or several in evaluate.compare")])
+        name, named = _of_one(_named(words), "evaluate", ", or several in evaluate.compare")
+        return {name: compose(named)}
     if len(set(names)) < len(names):
         raise ConfigError(f"evaluate.compare={names} names a model twice")
     if len(names) > 1 and zero == 3:
@@ -40,6 +40,8 @@ def find_models(words: Sequence[str]) -> dict[str, Composed]:
 def find_model(words: Sequence[str], verb: str) -> Composed:
     """Composes the configuration of one model: the adapter in `lora.init_from`, or what is in `model.init_from`.
 
+    It needs no data.
+
     Args:
         words: see `find_models`.
         verb: that asks.
@@ -47,8 +49,7 @@ def find_model(words: Sequence[str], verb: str) -> Composed:
     Raises:
         ConfigError: when none is named.
     """
-    words = _named(_with_steps(words))
-    return _of_one(words, compose(words), verb)[1]
+    return compose_without_data(_of_one(_named(_with_steps(words)), verb)[1])
 
 
 def _with_steps(words: Sequence[str]) -> list[str]:
@@ -65,15 +66,15 @@ def _named(words: list[str]) -> list[str]:
     return words
 
 
-def _of_one(words: list[str], composed: Composed, verb: str, others: str = "") -> tuple[str, Composed]:
-    """Gives the name of the model that a composed configuration is of, and the configuration, nothing of it trained."""
-    config = composed.config
+def _of_one(words: list[str], verb: str, others: str = "") -> tuple[str, list[str]]:
+    """Gives the name of the model that words are of, and the words for it with nothing of it trained."""
+    config = compose_without_data(words).config
     name = config.lora.init_from or config.model.init_from
     if name is None:
         raise ConfigError(f"{verb} needs a model: name it in model.init_from{others}")
     if config.lora.init_from is None and not set(BARE) <= set(words):
-        return name, compose(_bare(name, words))
-    return name, composed
+        return name, _bare(name, words)
+    return name, words
 
 
 def _key(word: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from train.compose import Composed, compose, recipes
+from train.compose import Composed, compose_without_data, recipes
 from train.config import Config
 from train.errors import ConfigError, UserError, report
 from train.folder import RunFolder, folder_name
@@ -64,12 +64,7 @@ def compose_plan(words: Sequence[str]) -> Composed:
             if name.startswith(stem):
                 words = [word for word in words if not word.startswith("model.init_from=")]
                 words += [f"model={group}", "model.init_from=null"]
-    try:
-        composed = compose(words)
-    except ConfigError as error:
-        if not str(error).startswith("data.path is needed"):
-            raise
-        composed = compose([*words, "data.path=DATA"])
+    composed = compose_without_data(words)
     _check(composed.config)
     return composed
 
