@@ -902,12 +902,17 @@ def check_generation(config: Config, *, can_chat: bool) -> None:
         data.tokenizer == "train_bpe",
         "data.tokenizer=train_bpe: a model has a tokenizer already, in its folder: leave the key out",
     )
+    output = generate.output
+    _refuse(
+        output is not None and generate.prompt is None and generate.prompts is None,
+        f"generate.output={output} is for what follows a prompt, and a chat goes to the terminal: set generate.prompt "
+        "or generate.prompts, or leave it out",
+    )
     _refuse(
         not can_chat and generate.prompt is None and generate.prompts is None,
         "there is nothing to go on from: set generate.prompt, or generate.prompts to a file; without them one process "
         "chats on a terminal",
     )
-    output = generate.output
     _refuse(
         output is not None and Path(output).expanduser().exists(),
         f"generate.output={output} exists already: name another file, or move it away",

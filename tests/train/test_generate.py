@@ -294,6 +294,7 @@ REFUSED = {
     "generate.prompts=nowhere.jsonl: no such file": {"prompts": "nowhere.jsonl"},
     "exists already: name another file": {"prompt": "a", "output": "FILE"},
     "generate.output=nowhere/x: there is no such folder": {"prompt": "a", "output": "nowhere/x"},
+    "generate.output=x is for what follows a prompt": {"output": "x"},
     "generate.top_p=0: expected float > 0 and <= 1": {"prompt": "a", "top_p": 0},
     "generate.temperature=-1: expected float >= 0": {"prompt": "a", "temperature": -1},
     "set generate.prompt, or generate.prompts to a file": {},
@@ -308,7 +309,7 @@ def test_what_cannot_be_written_is_refused_with_its_key(tmp_path, problem):
     config.data.path = "x"
     with pytest.raises(ConfigError, match=re.escape(problem)):  # noqa: PT012
         check(config)
-        check_generation(config, can_chat=False)
+        check_generation(config, can_chat="output" in words)
     check_generation(Config(), can_chat=True)
 
 
@@ -359,6 +360,22 @@ def test_a_chat_on_a_terminal_goes_on_until_its_end(model, capsys, monkeypatch):
     (then,) = expected(model, [second])
     assert shown.out == f"> {text.lstrip()}\n> {then[0].lstrip()}\n> "
     assert "there is no chat template to chat with: set data.chat_template" in shown.err
+
+
+def test_a_message_that_the_template_refuses_is_dropped_and_asked_for_again(tmp_path, model, capsys, monkeypatch):
+    template = tmp_path / "template.jinja"
+    refused = "{% if 'no' in messages[-1].content %}{{ raise_exception('not that') }}{% endif %}"
+    template.write_text(refused + INSTRUCT_TEMPLATE)
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, b"no\nthe wind\n" + b"x" * 1000 + b"\nnever\n")
+    with os.fdopen(terminal, encoding="utf-8") as stdin, monkeypatch.context() as patched:
+        patched.setattr("sys.stdin", stdin)
+        assert generate(model, f"data.chat_template={template}") == 0
+    os.close(keyboard)
+    shown = capsys.readouterr()
+    ((text, *_),) = expected(model, ["[INST] the wind [/INST]"])
+    assert shown.out == f"> > {text.lstrip()}\n> "
+    assert re.search("refused by the chat template: not that.*\ntoo long: ", shown.err)
 
 
 def test_a_reader_that_has_gone_ends_the_verb_with_6(model, capsys, monkeypatch):

@@ -176,7 +176,10 @@ def write_all(writer: Writer, asked: list[Asked], config: Config) -> str:
 
 
 def converse(writer: Writer, config: Config) -> str:
-    """Chats on the terminal until Ctrl-D, or until the chat is longer than the model can take."""
+    """Chats on the terminal until Ctrl-D, or until the chat is longer than the model can take.
+
+    A message that cannot be written is dropped, and asked for again.
+    """
     messages: list[dict[str, str]] = []
     turns = 0
     print("Ctrl-D ends the chat", file=sys.stderr)
@@ -188,7 +191,10 @@ def converse(writer: Writer, config: Config) -> str:
             return f"{turns} answers"
         except RowError as bad:
             print(bad, file=sys.stderr)
-            return f"{turns} answers"
+            if bad.kind == "too long":
+                return f"{turns} answers"
+            messages.pop()
+            continue
         answer = writer.stream(asked, turns)["text"]
         messages.append({"role": "assistant", "content": answer})
         if not answer.strip():  # templates take no empty one
