@@ -1,14 +1,13 @@
 """The start of a training run: whether its layout can fit the memory there is, and where its weights are."""
 
-import os
 import socket
-from pathlib import Path
 
 import torch
 
 from train.config import PROBLEMS, Config
 from train.model import find_weights
 from train.parallel.engine import Engine
+from train.parallel.host_memory import host_bytes
 from train.plan.refusal import refuse_too_large
 
 
@@ -26,12 +25,3 @@ def check_and_find(engine: Engine, config: Config) -> None:
     least = min(engine.gather(mine))
     refuse_too_large(config, engine.world_size, least, on_gpu=on_gpu)
     engine.first_on_each_host(lambda: find_weights(config.model, classifier=config.data.format in PROBLEMS))
-
-
-def host_bytes() -> float:
-    """Memory of this host, or what a container is given of it."""
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    try:
-        return min(memory, float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # no such limit
-        return memory

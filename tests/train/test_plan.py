@@ -1,5 +1,6 @@
 """The planner's arithmetic, against the model's own sizes, and against figures that a reader can follow by hand."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ from train.compose import compose, recipes
 from train.errors import ConfigError
 from train.lora import trainable_model
 from train.plan.figures import figures_of
-from train.plan.hardware import device_of, table
+from train.plan.hardware import Efficiency, device_of, table
 from train.plan.layout import NF4, Layout
 from train.plan.load import Skew, seen, skews_of
 from train.plan.memory import memory_of
@@ -24,7 +25,7 @@ from train.plan.refusal import refuse_too_large
 from train.plan.report import report
 from train.plan.search import best
 from train.plan.seconds import flops_per_token, step_of
-from train.plan.verb import compose_plan
+from train.plan.verb import command, compose_plan
 
 EVEN = Skew()
 GB = 1e9
@@ -284,6 +285,8 @@ def test_what_is_not_modelled_is_said_and_refuses_nothing_but_what_is_known_not_
     [
         (("plan.gpu=h10-80g",), "plan.gpu=h10-80g.*did you mean h100-80g"),
         (("plan.gpu=cpu",), "plan.calibrate=true"),
+        (("plan.gpu=cpu", "plan.per_host=2"), "plan.per_host=2 is of hosts with GPUs"),
+        (("plan.gpu=cpu", "plan.interconnect=2"), "plan.interconnect=2.0 is of hosts with GPUs"),
         (("plan.gpus=12",), "parallel.expert=8 does not divide plan.gpus=12"),
         (("plan.load_from=/nowhere",), "plan.load_from=/nowhere"),
         (("plan.gpuss=12",), "unknown key plan.gpuss.*did you mean plan.gpus"),
@@ -294,6 +297,29 @@ def test_what_cannot_be_planned_is_one_error(words, message, tmp_path, capsys):
     said = capsys.readouterr().err
     assert code == 2
     assert re.search(message, said), said
+
+
+def test_processes_on_a_processor_share_the_memory_of_one_host(tmp_path):
+    known = ("bf16", "fp32", "bandwidth", "inside", "between", "host")
+    efficiency = dict.fromkeys((field.name for field in dataclasses.fields(Efficiency)), 1.0)
+    measured = {"name": "cpu", "memory": 8e9, "host_memory": 8e9, "per_host": 2, "fp8": None, "source": "a test"}
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({**measured, **dict.fromkeys(known, 1e10), "efficiency": efficiency}))
+    plan = compose_plan([*SMALL, "plan.gpu=cpu", f"plan.calibration={path}"]).config
+    for processes in (1, 2, 8):
+        figures = figures_of(Layout(plan, processes, on_gpu=False), device_of(plan.plan))
+        assert figures.spare == 8e9 / processes - figures.high.peak
+        assert figures.described()["hosts"] == 1
+        assert f"{processes} x cpu of {8 / processes:.0f} GB, 1 host" in report(figures, [], "")
+        assert "--nnodes" not in command(figures, [])
+
+
+def test_a_machine_that_cannot_be_measured_ends_the_plan_with_6(tmp_path, capsys, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "no network")
+    monkeypatch.setattr("train.plan.verb.run_processes", lambda *_: failed)
+    words = ["plan.gpu=cpu", "plan.calibrate=true", f"run.dir={tmp_path / 'plan'}"]
+    assert main(["plan", "recipe=pretrain_tiny", *words]) == 6
+    assert "this machine cannot be measured: no network" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from train.parallel.host_memory import host_bytes
 from train.plan.hardware import Device, Efficiency
 from train.plan.seconds import ADAM_BYTES, ATTENTION_BACKWARD
 
@@ -96,9 +97,9 @@ def started() -> float:
 
 def measure() -> Device:
     """Measures all that a plan needs to know."""
-    processes, page, pages = dist.get_world_size(), os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    processes, memory = dist.get_world_size(), host_bytes()
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    fp32, bf16, bandwidth, memory = product(ROWS, torch.float32), product(FEW, torch.bfloat16), update(), page * pages
+    fp32, bf16, bandwidth = product(ROWS, torch.float32), product(FEW, torch.bfloat16), update()
     efficiency = Efficiency(
         matrices=1.0,
         experts=product(FEW, torch.float32) / fp32,
@@ -111,7 +112,7 @@ def measure() -> Device:
     speed = sent()
     return Device(
         name="cpu",
-        memory=memory / processes,
+        memory=memory,
         bf16=bf16,
         fp32=fp32,
         fp8=None,
@@ -120,7 +121,7 @@ def measure() -> Device:
         between=speed,
         host=bandwidth,
         per_host=max(1, cores // threads),
-        host_memory=memory / processes,
+        host_memory=memory,
         source=f"measured in processor time by {processes} processes of {threads} threads on {cores} cores",
         efficiency=efficiency,
     )

@@ -1,12 +1,23 @@
-"""When glibc gives freed memory back to the system; other C libraries are left alone."""
+"""How much memory this host has, and when glibc gives freed memory back to it; other C libraries are left alone."""
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGE_BYTES = 2**20
 GLIBC_BYTES = 2**25  # where its own rule ends, once it has seen blocks so large
+
+
+def host_bytes() -> float:
+    """Memory of this host, or what a container is given of it."""
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        return min(memory, float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # no such limit
+        return memory
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """All that a plan says of one layout: its memory, its time, and whether it fits."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +38,14 @@ class Figures:
         return round(sum(map(self.layout.held, self.layout.weights)))
 
     @property
+    def capacity(self) -> float:
+        """Bytes that a process has of its device, or its share of those that all have."""
+        return self.device.memory_of_each(self.layout.processes)
+
+    @property
     def spare(self) -> float:
         """Bytes of the device that are left, below 0 where it does not fit; of host memory where that is less."""
-        return min(self.device.memory - self.high.peak, self.device.host_memory - self.high.host)
+        return min(self.capacity - self.high.peak, self.device.host_memory - self.high.host)
 
     @property
     def fits(self) -> bool:
@@ -65,7 +69,7 @@ class Figures:
         return {
             "device": device.name,
             "devices": layout.processes,
-            "hosts": math.ceil(layout.processes / device.per_host),
+            "hosts": device.hosts(layout.processes),
             "layout": {
                 "expert": layout.expert_ranks,
                 "zero": layout.zero,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Device:
-    """One device, and its share of its host; units as in conf/hardware.yaml."""
+    """One device, and its share of its host; units as in conf/hardware.yaml.
+
+    Of this machine's processors, which all processes share, it is the whole host's memory.
+    """
 
     name: str
     memory: float
@@ -59,6 +63,14 @@ class Device:
     def is_gpu(self) -> bool:
         """Whether it is none of this machine's processors."""
         return self.name != "cpu"
+
+    def memory_of_each(self, processes: int) -> float:
+        """Bytes that each of so many processes has."""
+        return self.memory if self.is_gpu else self.memory / processes
+
+    def hosts(self, processes: int) -> int:
+        """Hosts on which so many processes run."""
+        return math.ceil(processes / self.per_host) if self.is_gpu else 1
 
     def peak(self, precision: str) -> float:
         """Dense FLOP/s in a precision of the trainer's."""
@@ -80,6 +92,11 @@ def device_of(plan: PlanConfig) -> Device:
     """
     rows = table()
     if plan.gpu == "cpu":
+        for name in ("per_host", "interconnect"):
+            if getattr(plan, name) is not None:
+                raise ConfigError(
+                    f"plan.{name}={getattr(plan, name)} is of hosts with GPUs: leave it out of plan.gpu=cpu"
+                )
         return _measured(plan.calibration)
     known = [name for name in rows if name != "efficiency"]
     if plan.gpu not in known:

@@ -31,7 +31,7 @@ def _draw_memory(figures: Figures, axes: Any) -> None:
         if any(sizes):
             axes.barh([moment for moment, _ in moments], sizes, left=ends, color=colour, label=kind, height=0.7)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-    capacity = figures.device.memory / GB
+    capacity = figures.capacity / GB
     axes.axvline(capacity, color="black", linestyle="--", linewidth=1)
     axes.text(capacity, len(moments) - 0.4, f" {figures.device.name}", va="bottom", ha="center", fontsize=9)
     axes.set_xlim(0, 1.08 * max(capacity, *ends))

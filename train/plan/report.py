@@ -1,6 +1,5 @@
 """A plan in words and columns."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from train.plan.figures import Figures
@@ -68,12 +67,12 @@ def report(figures: Figures, changes: Iterable[tuple[str, Figures]], command: st
 def _header(figures: Figures) -> list[str]:
     layout, device, count = figures.layout, figures.device, figures.layout.count
     train = layout.config.train
-    hosts = math.ceil(layout.processes / device.per_host)
+    hosts = device.hosts(layout.processes)
     load = ", ".join(f"{skew.mean:.2f} ({skew.source})" for skew in (figures.skews.median, figures.skews.high))
     lines = {
         "model": f"{number(count.total)} parameters, {number(count.active)} active per token, {number(count.trained)} "
         f"trained, {number(figures.held)} held by a process",
-        "devices": f"{layout.processes} x {device.name} of {device.memory / GB:.0f} GB, {hosts} "
+        "devices": f"{layout.processes} x {device.name} of {figures.capacity / GB:.0f} GB, {hosts} "
         f"host{'s' if hosts > 1 else ''}",
         "layout": words_of(figures),
         "step": f"{number(layout.tokens_of_step)} tokens: {layout.processes} processes x {train.micro_batch_size} rows "
@@ -128,9 +127,9 @@ def _verdict(figures: Figures) -> list[str]:
     if figures.fits:
         tight = ": less than this arithmetic may be wrong by" if figures.is_tight else ""
         lines.append(f"it fits, with {figures.spare / GB:.1f} GB to spare{tight}")
-    elif figures.high.peak > device.memory:
+    elif figures.high.peak > figures.capacity:
         lines.append(
-            f"it does NOT fit: {figures.high.peak / GB:.1f} GB of {device.memory / GB:.0f}. By itself, makes it fit:"
+            f"it does NOT fit: {figures.high.peak / GB:.1f} GB of {figures.capacity / GB:.0f}. By itself, makes it fit:"
         )
     else:
         lines.append(

@@ -8,7 +8,7 @@ import yaml
 
 from train.compose import Composed, compose_without_data, recipes
 from train.config import Config
-from train.errors import ConfigError, UserError, report
+from train.errors import ConfigError, MachineError, UserError, report
 from train.folder import RunFolder, folder_name
 from train.parallel.launcher import run_processes
 from train.plan.figures import Figures, figures_of
@@ -123,7 +123,8 @@ def command(figures: Figures, words: Sequence[str]) -> str:
     """Gives what starts the run on every host."""
     layout, device = figures.layout, figures.device
     kept = shlex.join(word for word in words if not word.startswith(("plan.", "run.dir=")))
-    hosts, each = -(-layout.processes // device.per_host), min(layout.processes, device.per_host)
+    hosts = device.hosts(layout.processes)
+    each = min(layout.processes, device.per_host) if device.is_gpu else layout.processes
     if layout.processes == 1:
         return f"python -m train {kept}"
     meet = f"--nnodes {hosts} --node_rank R --master_addr FIRST_HOST --master_port 29500 " if hosts > 1 else ""
@@ -135,5 +136,5 @@ def calibrated(folder: RunFolder) -> Path:
     target = folder.path / "calibration.json"
     done = run_processes(2, "train.parallel.calibrate", str(target))
     if done.returncode != 0 or not target.is_file():
-        raise ConfigError(f"plan.calibrate=true: this machine cannot be measured: {done.stderr.strip()[-500:]}")
+        raise MachineError(f"plan.calibrate=true: this machine cannot be measured: {done.stderr.strip()[-500:]}")
     return target
