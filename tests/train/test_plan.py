@@ -204,6 +204,8 @@ print("torch" in sys.modules, "transformers" in sys.modules)
     plan = read_json(tmp_path / "plan" / "plan.json")
     assert not plan["fits"]
     assert plan["spare"] < 0
+    assert plan["hardware"]["source"].startswith("NVIDIA A100 data sheet")
+    assert {"fp8": None, "bf16": 312e12}.items() <= plan["hardware"].items()
     assert plan["memory"]["p99"]["peak"] > plan["memory"]["median"]["peak"] > 40e9
     assert plan["step"]["seconds"] == pytest.approx(sum(plan["step"]["parts"].values()))
     assert (tmp_path / "plan" / "plots" / "plan.png").stat().st_size > 10_000

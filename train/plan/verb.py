@@ -1,5 +1,6 @@
 """`cierzo plan`: what a recipe needs, whether it fits, how fast it will be. Needs no GPU, no weights and no data."""
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +106,8 @@ def plan(config: Config, folder: RunFolder, words: Sequence[str]) -> str:
     figures = figures_of(Layout(config, config.plan.gpus, device.is_gpu), device)
     ways = [] if figures.fits else changes(figures)
     print(report(figures, ways, command(figures, words)))
-    described = figures.described() | {"changes": {name: way.described() for name, way in ways}}
+    described = figures.described() | {"hardware": dataclasses.asdict(device)}
+    described |= {"changes": {name: way.described() for name, way in ways}}
     if config.plan.search:
         several, least = best(config, config.plan.gpus, device), smallest(config, device)
         print("\n" + found(several, least))
