@@ -14,8 +14,9 @@ from tests.train.helpers import metrics, run_small, write_corpus
 from train.config import Config, RunConfig
 from train.observe import plots
 from train.observe.alarms import CollapseAlarm
+from train.observe.counts import count
 from train.observe.hardware import named_peak
-from train.observe.progress import Progress, count, header
+from train.observe.progress import Progress, header
 from train.observe.trackers import WandB
 
 

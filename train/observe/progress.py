@@ -7,14 +7,7 @@ from tqdm import tqdm
 
 from mixtral import MixtralConfig
 from train.config import Config
-
-
-def count(number: float) -> str:
-    """Writes a count for a person: 46.7 B, 12.9 M, 340."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number:.0f}"
+from train.observe.counts import count
 
 
 def shown(row: dict[str, Any]) -> str:

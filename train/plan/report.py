@@ -2,18 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
+from train.observe.counts import count
 from train.plan.figures import Figures
 from train.plan.memory import KINDS
 
 GB = 1e9
-
-
-def number(value: float) -> str:
-    """Writes a count for a person: 46.7 B, 12.9 M, 340."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.0f}"
 
 
 def duration(seconds: float) -> str:
@@ -58,24 +51,24 @@ def report(figures: Figures, changes: Iterable[tuple[str, Figures]], command: st
     if not figures.fits and not changes:
         lines.append("  nothing; plan.search=true looks for several changes at once")
     lines += [
-        f"  {words}: {changed.high.peak / GB:.1f} GB, {number(changed.step.tokens_per_second)} tokens/s"
+        f"  {words}: {changed.high.peak / GB:.1f} GB, {count(changed.step.tokens_per_second)} tokens/s"
         for words, changed in changes
     ]
     return "\n".join([*lines, "", "to start it:", *(f"  {line}" for line in command.splitlines())])
 
 
 def _header(figures: Figures) -> list[str]:
-    layout, device, count = figures.layout, figures.device, figures.layout.count
+    layout, device, parameters = figures.layout, figures.device, figures.layout.count
     train = layout.config.train
     hosts = device.hosts(layout.processes)
     load = ", ".join(f"{skew.mean:.2f} ({skew.source})" for skew in (figures.skews.median, figures.skews.high))
     lines = {
-        "model": f"{number(count.total)} parameters, {number(count.active)} active per token, {number(count.trained)} "
-        f"trained, {number(figures.held)} held by a process",
+        "model": f"{count(parameters.total)} parameters, {count(parameters.active)} active per token, "
+        f"{count(parameters.trained)} trained, {count(figures.held)} held by a process",
         "devices": f"{layout.processes} x {device.name} of {figures.capacity / GB:.0f} GB, {hosts} "
         f"host{'s' if hosts > 1 else ''}",
         "layout": words_of(figures),
-        "step": f"{number(layout.tokens_of_step)} tokens: {layout.processes} processes x {train.micro_batch_size} rows "
+        "step": f"{count(layout.tokens_of_step)} tokens: {layout.processes} processes x {train.micro_batch_size} rows "
         f"of {layout.config.data.sequence_length} x {train.gradient_accumulation_steps} accumulated, {train.precision}",
         "load": f"the rank with the most rows takes so many times an even share: {load}",
     }
@@ -111,7 +104,7 @@ def _verdict(figures: Figures) -> list[str]:
     longest = max(step.parts, key=lambda part: step.parts[part])
     hidden = f", {duration(step.hidden)} of ZeRO's traffic beside it" if step.hidden else ""
     lines = [
-        f"{number(step.tokens_per_second)} tokens/s, {number(step.tokens_per_second / layout.processes)} of each "
+        f"{count(step.tokens_per_second)} tokens/s, {count(step.tokens_per_second / layout.processes)} of each "
         f"device; {step.mfu(device, layout):.1%} MFU on active parameters{hidden}",
         f"most of the time goes to {longest}, {step.parts[longest] / step.seconds:.0%}; most of the memory to {most}, "
         f"{figures.high.parts[most] / figures.high.peak:.0%}",
@@ -119,8 +112,8 @@ def _verdict(figures: Figures) -> list[str]:
     if figures.steps:
         seconds = figures.steps * step.seconds
         lines.append(
-            f"{figures.steps} steps: {duration(seconds)}, {number(seconds / 3600 * layout.processes)} device-hours, "
-            f"{number(figures.steps * step.tokens)} tokens"
+            f"{figures.steps} steps: {duration(seconds)}, {count(seconds / 3600 * layout.processes)} device-hours, "
+            f"{count(figures.steps * step.tokens)} tokens"
         )
     else:
         lines.append("how many steps train.epochs comes to only the data says: cierzo inspect_data")
@@ -150,7 +143,7 @@ def found(several: Sequence[Figures], least: Figures | None) -> str:
                 words_of(figures),
                 f"{figures.high.peak / GB:.1f}",
                 f"{figures.spare / GB:.1f}{' (tight)' * figures.is_tight}",
-                number(step.tokens_per_second),
+                count(step.tokens_per_second),
                 f"{step.mfu(figures.device, figures.layout):.1%}",
                 f"{longest}, {step.parts[longest] / step.seconds:.0%}",
             ]
@@ -163,6 +156,6 @@ def found(several: Sequence[Figures], least: Figures | None) -> str:
             *lines,
             "",
             f"the fewest that do: {least.layout.processes} x {least.device.name}, {words_of(least)}: "
-            f"{least.high.peak / GB:.1f} GB, {number(least.step.tokens_per_second)} tokens/s",
+            f"{least.high.peak / GB:.1f} GB, {count(least.step.tokens_per_second)} tokens/s",
         ]
     )
