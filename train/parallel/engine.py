@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -226,63 +226,31 @@ class Engine(ABC):
 
     def everywhere(self, function: Callable[[], T]) -> T:
         """Runs a function on every process; all of them raise the first error of any."""
-        result: list[T] = []
-        error: UserError | None = None
-        try:
-            result.append(function())
-        except UserError as caught:
-            error = caught
-        except OSError as caught:
-            error = MachineError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
+        result, error = attempt(function)
         for found in self.gather(error):
             if found is not None:
                 raise found
-        return result[0]
+        return cast(T, result)
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Runs a function on the main process; every process gets its result, or raises its error."""
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = function()
-            except UserError as error:
-                outcome[1] = error
-            except OSError as error:
-                outcome[1] = MachineError(f"{error.filename or 'a file'}: {error.strerror or error}")
+        outcome: list[Any] = [*attempt(function)] if self.is_main else [None, None]
         if self.world_size > 1:
             dist.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        result, error = outcome
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def first_on_each_host(self, function: Callable[[], T]) -> T:
         """Runs a function on every process, on one of each host before its others: they find its files.
 
         Every process raises the first error of any.
         """
-        result: list[T] = []
-
-        def attempt(now: bool) -> None:
-            error: UserError | None = None
-            if now:
-                try:
-                    result.append(function())
-                except UserError as caught:
-                    error = caught
-                except OSError as caught:
-                    error = MachineError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
-            errors: list[Any] = [error]
-            if self.world_size > 1:
-                errors = [None] * self.world_size
-                dist.all_gather_object(errors, error)
-            for found in errors:
-                if found is not None:
-                    raise found
-
-        attempt(self.accelerator.is_local_main_process)
-        if self.world_size > 1:
-            attempt(not self.accelerator.is_local_main_process)
-        return result[0]
+        is_first = self.accelerator.is_local_main_process
+        early = self.everywhere(lambda: function() if is_first else None)
+        late = self.everywhere(lambda: None if is_first else function())
+        return cast(T, early if is_first else late)
 
     def close(self, *, wait: bool) -> None:
         """Leaves the process group; with `wait`, once all others do, since the main one may still be writing."""
@@ -291,6 +259,16 @@ class Engine(ABC):
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def attempt(function: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    """Runs a function; returns its result, or its error where that is the user's to mend."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
+    except OSError as error:
+        return None, MachineError(f"{error.filename or 'a file'}: {error.strerror or error}")
 
 
 def place(batch: AnyBatch, model: MixtralConfig, device: torch.device) -> AnyBatch:
