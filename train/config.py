@@ -383,8 +383,8 @@ class LoraConfig:
     )
     init_from: str | None = key(
         None,
-        "a folder with an adapter in either format, its hub id or ID@REVISION, to go on from; of lora.* only dropout, "
-        "format and quantize may then differ",
+        "a folder with an adapter in either format, its hub id or ID@REVISION, to go on from, with the tokenizer "
+        "beside it; of lora.* only dropout, format and quantize may then differ",
     )
 
 

@@ -63,16 +63,20 @@ def _inherit_labels(data: DataConfig, described: dict[str, Any]) -> None:
 
 def inherit_adapter_labels(config: Config) -> None:
     """Sets `data.labels` to those of a classifier's adapter in `lora.init_from`, which has a `config.json`."""
-    path = Path(config.lora.init_from or "") / "config.json"
-    if config.data.format in PROBLEMS and path.is_file():
+    if config.data.format not in PROBLEMS:
+        return
+    path = _file_of(config.lora.init_from or "", "config.json", "lora.init_from")
+    if path.is_file():
         _inherit_labels(config.data, _read(str(path.parent)))
 
 
 def inherit_adapter_tokenizer(config: Config, explicit: Collection[str]) -> None:
     """Sets `data.tokenizer`, where none is named, to that of `lora.init_from`: the base's, with a template perhaps."""
-    folder = config.lora.init_from or ""
-    if "data.tokenizer" not in explicit and (Path(folder) / "tokenizer_config.json").is_file():
-        config.data.tokenizer = folder
+    source = config.lora.init_from or ""
+    if "data.tokenizer" in explicit:
+        return
+    if _file_of(source, "tokenizer_config.json", "lora.init_from").is_file():
+        config.data.tokenizer = source
 
 
 def inherit_adapter(lora: LoraConfig, explicit: Collection[str], *, classifier: bool = True) -> None:
@@ -120,11 +124,7 @@ UNSUPPORTED = ("rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bia
 
 def _read_adapter(source: str, *, classifier: bool) -> LoraConfig:
     """Reads the `adapter_config.json` of a folder, or of a hub id."""
-    path = Path(source) / "adapter_config.json"
-    if not Path(source).is_dir():
-        from train.data.hub import download
-
-        path = download(source, ["adapter_config.json"], "lora.init_from") / "adapter_config.json"
+    path = _file_of(source, "adapter_config.json", "lora.init_from")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         modules = [str(module).rpartition(".")[2] for module in described.get("target_modules") or []]
@@ -168,13 +168,18 @@ def _read_adapter(source: str, *, classifier: bool) -> LoraConfig:
     )
 
 
+def _file_of(source: str, name: str, key: str) -> Path:
+    """Says where a file of a folder is, or of a hub id, from which it is fetched; it may not be there."""
+    if Path(source).is_dir():
+        return Path(source) / name
+    from train.data.hub import download
+
+    return download(source, [name], key) / name
+
+
 def _read(source: str) -> dict[str, Any]:
     """Reads the `config.json` of a folder, or of a hub id."""
-    path = Path(source) / "config.json"
-    if not Path(source).is_dir():
-        from train.data.hub import download
-
-        path = download(source, ["config.json"], "model.init_from") / "config.json"
+    path = _file_of(source, "config.json", "model.init_from")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

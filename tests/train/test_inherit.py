@@ -30,6 +30,25 @@ def test_the_architecture_and_the_tokenizer_are_those_of_the_weights(weights):
     assert config.data.tokenizer == str(weights)
 
 
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_the_tokenizer_beside_an_adapter_of_the_hub_is_taken_where_there_is_one(
+    weights, tmp_path, monkeypatch, has_tokenizer
+):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (hub / "adapter_config.json").write_text(json.dumps(adapter))
+    if has_tokenizer:
+        (hub / "tokenizer_config.json").write_text("{}")
+    fetched = []
+    monkeypatch.setattr("train.data.hub.download", lambda name, files, _: (fetched.append((name, *files)), hub)[1])
+    name = "somebody/an-adapter@v2"
+    config = inherited(weights, f"lora.init_from={name}")
+    assert (config.lora.init_from, config.data.tokenizer) == (name, name if has_tokenizer else str(weights))
+    assert fetched == [(name, "adapter_config.json"), (name, "tokenizer_config.json")]
+    assert inherited(weights, f"lora.init_from={name}", "data.tokenizer=mixtral").data.tokenizer == "mixtral"
+
+
 def test_an_explicit_size_that_differs_is_refused_and_one_that_agrees_is_not(weights):
     with pytest.raises(ConfigError, match="model.hidden_size=64, but model.init_from=.* has 32: leave the key out"):
         inherited(weights, "model.hidden_size=64")
