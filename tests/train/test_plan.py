@@ -23,7 +23,7 @@ from train.plan.load import Skew, seen, skews_of
 from train.plan.memory import memory_of
 from train.plan.refusal import refuse_too_large
 from train.plan.report import report
-from train.plan.search import best
+from train.plan.search import best, candidates, changes
 from train.plan.seconds import flops_per_token, step_of
 from train.plan.verb import command, compose_plan
 
@@ -280,6 +280,32 @@ def test_what_is_not_modelled_is_said_and_refuses_nothing_but_what_is_known_not_
         refuse_too_large(layout.config, 1, 0.8 * known["weights"], on_gpu=True)
     assert not planned(*words[:3], "train.only=experts").left_out
     assert planned(*words[:3], "train.only=lm_head.weight").left_out
+
+
+SMALL_8X7B = ("model=mixtral_8x7b", "data.path=x", "train.max_steps=1", "data.sequence_length=1024")
+CANNOT = {
+    "dora with ZeRO-3": ("recipe=sft_8x7b_lora", "lora.dora=true", "lora.experts=false", "parallel.zero=2"),
+    "four bits with ZeRO-3": ("recipe=sft_8x7b_lora", "lora.quantize=nf4", "parallel.zero=2"),
+    "experts alone at ZeRO-1": (*SMALL_8X7B, "train.only=experts", "parallel.expert=8", "parallel.zero=2"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_nothing_is_proposed_that_training_refuses(case):
+    config = compose_plan(CANNOT[case]).config
+    proposed = list(candidates(config, 16))
+    zero = 1 if case.endswith("ZeRO-1") else 3
+    assert {1, 2, 3} - {candidate.parallel.zero for candidate in proposed if candidate.parallel.expert == 8} == {zero}
+    small = dataclasses.replace(device_of(config.plan), memory=20e9)
+    assert all(way.layout.zero != 3 or zero != 3 for _, way in changes(figures_of(Layout(config, 16), small)))
+
+
+def test_adapters_are_proposed_where_there_are_weights_to_adapt():
+    small = dataclasses.replace(device_of(compose_plan(FULL).config.plan), memory=70e9)
+    for words, expected in ((FULL, True), (SMALL_8X7B, False)):
+        config = compose_plan([*words, "parallel.expert=8", "parallel.zero=1"]).config
+        ways = [words for words, _ in changes(figures_of(Layout(config, 8), small))]
+        assert ("lora.rank=16" in ways) == expected
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from train.config import Config
+from train.config import Config, check
 from train.errors import ConfigError
 from train.plan.figures import Figures, figures_of
 from train.plan.hardware import Device
@@ -42,7 +42,18 @@ def _layouts(config: Config, processes: int) -> Iterator[Config]:
                     steps = dataclasses.replace(
                         train, micro_batch_size=micro, gradient_accumulation_steps=rows // micro
                     )
-                    yield dataclasses.replace(config, parallel=changed, train=steps)
+                    found = dataclasses.replace(config, parallel=changed, train=steps)
+                    if _can_be_trained(found):
+                        yield found
+
+
+def _can_be_trained(config: Config) -> bool:
+    """Whether training would not refuse a configuration."""
+    try:
+        check(config)
+    except ConfigError:
+        return False
+    return True
 
 
 def best(config: Config, processes: int, device: Device, most: int = 5) -> list[Figures]:
@@ -80,6 +91,8 @@ def changes(figures: Figures) -> list[tuple[str, Figures]]:
     layout = figures.layout
     found: dict[str, tuple[str, Figures]] = {}
     for words, config, processes in _single_changes(layout):
+        if not _can_be_trained(config):
+            continue
         try:
             changed = figures_of(Layout(config, processes, layout.on_gpu), figures.device)
         except ConfigError:  # a load that so many ranks cannot share
@@ -113,7 +126,7 @@ def _single_changes(layout: Layout) -> Iterator[tuple[str, Config, int]]:
         yield "train.recompute=layers", dataclasses.replace(config, train=again), processes
     if parallel.zero > 0 and not parallel.offload_optimizer:
         yield "parallel.offload_optimizer=true", with_parallel(offload_optimizer=True), processes
-    if config.lora.rank == 0:
+    if config.lora.rank == 0 and config.model.init_from is not None:  # or there is nothing to adapt
         yield f"lora.rank={RANK}", with_adapters(config), processes
     length = config.data.sequence_length // 2
     while length >= SHORT:

@@ -56,7 +56,7 @@ def compose_plan(words: Sequence[str]) -> Composed:
     Raises:
         ConfigError: for what cannot be planned.
     """
-    words = list(words)
+    words, published = list(words), None
     given = {word.partition("=")[0]: word.partition("=")[2] for word in words}
     source = given.get("model.init_from") or _recipe(given.get("recipe", "")).get("model", {}).get("init_from")
     organisation, _, name = str(source or "").rpartition("/")
@@ -65,7 +65,9 @@ def compose_plan(words: Sequence[str]) -> Composed:
             if name.startswith(stem):
                 words = [word for word in words if not word.startswith("model.init_from=")]
                 words += [f"model={group}", "model.init_from=null"]
+                published = source
     composed = compose_without_data(words)
+    composed.config.model.init_from = published or composed.config.model.init_from
     _check(composed.config)
     return composed
 
