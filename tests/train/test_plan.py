@@ -221,6 +221,7 @@ def test_a_run_that_cannot_fit_this_machine_ends_with_2_and_figures_and_may_be_s
     said = capsys.readouterr().err
     assert re.search(r"cannot fit: a process needs about (\d+)\.\d GB", said), said
     assert "plan.check=false" in said
+    assert "without run.dir, plan.gpus=1 plan.gpu=cpu plan.calibrate=true and plan.search=true" in said
     assert read_json(tmp_path / "run" / "exit.json")["code"] == 2
     config = compose([*SMALL, *LARGE, "plan.check=false"]).config
     refuse_too_large(config, 1, 1e9, on_gpu=False)
@@ -276,7 +277,7 @@ def test_what_is_not_modelled_is_said_and_refuses_nothing_but_what_is_known_not_
     assert "not modelled: train.only" in report(figures, [], "")
     known = memory_of(layout, EVEN).moments["step"]
     refuse_too_large(layout.config, 1, sum(known.values()), on_gpu=True)
-    with pytest.raises(ConfigError, match="cannot fit"):
+    with pytest.raises(ConfigError, match="plan.gpus=1 plan.gpu=NAME"):
         refuse_too_large(layout.config, 1, 0.8 * known["weights"], on_gpu=True)
     assert not planned(*words[:3], "train.only=experts").left_out
     assert planned(*words[:3], "train.only=lm_head.weight").left_out

@@ -29,9 +29,8 @@ def refuse_too_large(config: Config, processes: int, available: float, *, on_gpu
         return
     layout = Layout(config, processes, on_gpu)
     memory = memory_of(layout, Skew())
-    moments = {
-        name: parts for name, parts in memory.moments.items() if name != "start"
-    }  # it copies where there is room
+    moments = dict(memory.moments)
+    del moments["start"]  # which takes more only where there is room
     if layout.left_out:
         moments = {name: moments[name] | {"overhead": 0.0} for name in KNOWN}  # which is a share of what layers keep
     memory = Memory(moments, memory.host)
@@ -39,8 +38,9 @@ def refuse_too_large(config: Config, processes: int, available: float, *, on_gpu
     if least > available:
         parts = ", ".join(f"{size / GB:.1f} {kind}" for kind, size in memory.parts.items() if size > 0.05 * memory.peak)
         where = "its GPU has" if on_gpu else "its share of the host's memory is"
+        device = "NAME (as conf/hardware.yaml has it)" if on_gpu else "cpu plan.calibrate=true"
         raise ConfigError(
             f"the layout cannot fit: a process needs about {memory.peak / GB:.1f} GB ({parts}), and {where} "
-            f"{available / GB:.1f} GB. `cierzo plan` with the same words and plan.search=true names layouts that fit; "
-            "plan.check=false starts it all the same"
+            f"{available / GB:.1f} GB. `cierzo plan` with the same words but without run.dir, plan.gpus={processes} "
+            f"plan.gpu={device} and plan.search=true names layouts that fit; plan.check=false starts it all the same"
         )
