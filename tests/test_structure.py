@@ -85,6 +85,15 @@ def test_no_function_is_longer_than_sixty_lines(path):
             assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
 
 
+def test_no_test_leaves_to_torch_how_far_apart_small_numbers_may_be():
+    """By default they may differ by 1e-8, which is all there is of many a gradient in fp64."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "allclose":
+                given = {keyword.arg for keyword in node.keywords}
+                assert "atol" in given or path.name == "test_ops.py", f"{path}:{node.lineno}"
+
+
 def test_the_table_of_contents_and_the_root_configuration_stay_short():
     assert len((ROOT / "train/run.py").read_text().splitlines()) < 70
     assert len((ROOT / "conf/config.yaml").read_text().splitlines()) < 50

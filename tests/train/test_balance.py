@@ -49,7 +49,7 @@ def test_a_bias_moves_against_the_load_and_is_gone_for_the_last_step(make_model)
         balance.follow(load_LE, steps_left=10 - step)
         seen.append(routers_of(model)[1].bias_E[:3].tolist())
     expected = [RATE * min(step, 10 - step - 1) for step in range(1, 10)]  # up with the steps, down with those left
-    assert np.allclose(seen, [[-size, size, 0.0] for size in expected])
+    assert np.allclose(seen, [[-size, size, 0.0] for size in expected], rtol=1e-6, atol=0)
     assert seen[-1] == [0.0, 0.0, 0.0]
     assert (balance.bias_LE[0] == 0).all()
 

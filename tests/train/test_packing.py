@@ -153,7 +153,9 @@ def test_a_packed_row_equals_its_documents_alone(make_model, implementation, win
     model.zero_grad()
     alone = [model(input_ids=part[None], labels=part[None], num_items_in_batch=13, use_cache=False) for part in parts]
     sum(output.loss for output in alone).backward()
-    assert torch.allclose(packed.logits[0, :16], torch.cat([output.logits[0] for output in alone]), rtol=1e-10)
+    assert torch.allclose(
+        packed.logits[0, :16], torch.cat([output.logits[0] for output in alone]), rtol=1e-10, atol=1e-14
+    )
     for name, parameter in model.named_parameters():
         assert torch.allclose(gradients[name], parameter.grad, rtol=1e-9, atol=1e-14), name
 
@@ -181,7 +183,7 @@ def test_flattened_rows_equal_the_rows(make_model):
         model(input_ids=form.input_ids, position_ids=form.position_ids, use_cache=False).logits.flatten(0, 1)
         for form in (batch, batch.flattened())
     ]
-    assert torch.allclose(*logits, rtol=1e-10)
+    assert torch.allclose(*logits, rtol=1e-10, atol=1e-14)
 
 
 def test_prefetch_keeps_the_order_and_raises_in_its_place():
