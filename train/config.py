@@ -484,7 +484,7 @@ class PlanConfig:
     )
     search: bool = key(False, "whether to look for the best layouts, and for the fewest devices that do")
     load_from: str | None = key(
-        None, "folder of a run whose expert_load says how unequally experts are loaded; else plan.skew does"
+        None, "folder of a run of as many experts, whose expert_load says how unequal the load is; else plan.skew does"
     )
     skew: float = key(
         1.3,

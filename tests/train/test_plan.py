@@ -166,14 +166,17 @@ def test_the_load_of_a_run_is_read_by_ranks_and_percentiles(tmp_path):
     even, all_on_one = [[0.25] * 4] * 2, [[1.0, 0.0, 0.0, 0.0], [0.25] * 4]
     rows = [{"step": step, "expert_load": all_on_one if step == 7 else even} for step in range(1, 101)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = seen(str(tmp_path), ranks=2)
+    found = seen(str(tmp_path), ranks=2, experts=4)
     assert (found.median.mean, found.median.layer) == (1.0, 1.0)
     assert (found.high.mean, found.high.layer) == (1.0, 1.0)  # which one step in a hundred exceeds
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:50]))
-    found = seen(str(tmp_path), ranks=2)
+    found = seen(str(tmp_path), ranks=2, experts=4)
     assert (found.high.mean, found.high.layer, found.high.expert) == (1.5, 2.0, 4.0)
-    with pytest.raises(ConfigError, match="plan.load_from"):
-        seen(str(tmp_path), ranks=3)
+    with pytest.raises(ConfigError, match="has 4 experts, expected that of model.num_local_experts=8"):
+        figures_of(planned(*FULL, f"plan.load_from={tmp_path}"), device_of(compose_plan(FULL).config.plan))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ConfigError, match="has no expert_load"):
+        seen(str(tmp_path), ranks=2, experts=4)
 
 
 def test_every_device_of_the_table_is_whole_and_has_a_source():

@@ -58,7 +58,7 @@ def skews_of(config: Config, ranks: int) -> Skews:
     """
     plan, model = config.plan, config.model
     if plan.load_from is not None:
-        return seen(plan.load_from, ranks)
+        return seen(plan.load_from, ranks, model.num_local_experts)
     found = []
     for name, beyond in (("median", (plan.skew - 1) * MEDIAN_SHARE), ("p99", plan.skew - 1)):
         shares = (1 + beyond, 1 + LAYER_SHARE * beyond, 1 + EXPERT_SHARE * beyond)
@@ -67,8 +67,8 @@ def skews_of(config: Config, ranks: int) -> Skews:
     return Skews(*found)
 
 
-def seen(folder: str, ranks: int) -> Skews:
-    """Reads the load of a run's experts, as if they were split over so many ranks.
+def seen(folder: str, ranks: int, experts: int) -> Skews:
+    """Reads the load of a run's experts, of which it must have so many, as if they were split over so many ranks.
 
     Raises:
         ConfigError: where there is none to read.
@@ -80,9 +80,12 @@ def seen(folder: str, ranks: int) -> Skews:
     except (OSError, ValueError) as error:
         raise ConfigError(f"plan.load_from={folder}: {path} cannot be read ({error})") from None
     loads = [row["expert_load"] for row in rows if "expert_load" in row]
-    if not loads or len(loads[0][0]) % ranks:
-        found = f"{len(loads[0][0])} experts, which {ranks} ranks cannot share" if loads else "no expert_load"
-        raise ConfigError(f"plan.load_from={folder}: {path} has {found}")
+    if not loads or len(loads[0][0]) != experts:
+        found = f"{len(loads[0][0])} experts" if loads else "no expert_load"
+        raise ConfigError(
+            f"plan.load_from={folder}: {path} has {found}, expected that of model.num_local_experts={experts}: name a "
+            "run of such a model, or give plan.skew"
+        )
     steps = [skew_of_step(load, ranks) for load in loads]
     median, high = (
         Skew(
