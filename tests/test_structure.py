@@ -91,7 +91,7 @@ def test_no_test_leaves_to_torch_how_far_apart_small_numbers_may_be():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "allclose":
                 given = {keyword.arg for keyword in node.keywords}
-                assert "atol" in given or path.name == "test_ops.py", f"{path}:{node.lineno}"
+                assert "atol" in given, f"{path}:{node.lineno}"
 
 
 def test_the_table_of_contents_and_the_root_configuration_stay_short():

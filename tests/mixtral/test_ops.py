@@ -48,12 +48,12 @@ def tokens_and_projections(assignment, rank=0):
 def test_experts_equal_their_reference_with_gradients(counts, top_k, activation, rank):
     inputs, arguments = tokens_and_projections(assigned(counts, top_k), rank)
     outputs = [op(*arguments, activation) for op in (experts.expert_ffn, experts.reference)]
-    assert torch.allclose(*outputs, rtol=1e-11 if rank else 1e-12)
+    assert torch.allclose(*outputs, rtol=1e-11 if rank else 1e-12, atol=1e-13)
     if sum(counts):
         upstream = torch.randn_like(outputs[0])
         gradients = [torch.autograd.grad(output, inputs, upstream) for output in outputs]
         for mine, other in zip(*gradients, strict=True):
-            assert torch.allclose(mine, other, rtol=1e-10 if rank else 1e-11)
+            assert torch.allclose(mine, other, rtol=1e-10 if rank else 1e-11, atol=1e-13)
 
 
 def test_frozen_experts_pass_the_gradient_on():
@@ -62,7 +62,7 @@ def test_frozen_experts_pass_the_gradient_on():
     outputs = [op(x_TH, assignment, *frozen, silu) for op in (experts.expert_ffn, experts.reference)]
     gradients = [torch.autograd.grad(output.sum(), inputs[:2]) for output in outputs]
     for mine, other in zip(*gradients, strict=True):
-        assert torch.allclose(mine, other, rtol=1e-10)
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-13)
 
 
 def test_a_choice_that_weighs_nothing_leaves_every_gradient_finite():
@@ -177,7 +177,7 @@ def test_linear_cross_entropy_equals_its_reference_with_gradients(chunk, trained
     labels[{"all": slice(0, 0), "some": slice(0, 11, 2), "none": slice(None)}[trained]] = -100
     fast = cross_entropy.linear_cross_entropy(hidden, weight, labels, chunk)
     slow = cross_entropy.reference(hidden, weight, labels)
-    assert torch.allclose(fast, slow, rtol=1e-12)
+    assert torch.allclose(fast, slow, rtol=1e-12, atol=1e-13)
     for mine, other in zip(
         torch.autograd.grad(0.3 * fast, (hidden, weight)),
         torch.autograd.grad(0.3 * slow, (hidden, weight)),
@@ -194,7 +194,7 @@ def test_cross_entropy_through_a_head_of_several_parts_equals_the_reference_with
     inputs = [hidden, *head.parameters()]
     fast = cross_entropy.head_cross_entropy(hidden, head, labels, chunk)
     slow = cross_entropy.cross_entropy_sum(head(hidden), labels)
-    assert torch.allclose(fast, slow, rtol=1e-12)
+    assert torch.allclose(fast, slow, rtol=1e-12, atol=1e-13)
     for mine, other in zip(torch.autograd.grad(fast, inputs), torch.autograd.grad(slow, inputs), strict=True):
         assert torch.allclose(mine, other, rtol=1e-10, atol=1e-14)
 
@@ -204,7 +204,7 @@ def test_linear_cross_entropy_of_a_frozen_head_and_of_no_rows():
     labels = torch.randint(0, 17, (5,))
     cross_entropy.linear_cross_entropy(hidden, weight, labels).backward()
     (expected,) = torch.autograd.grad(cross_entropy.reference(hidden, weight, labels), hidden)
-    assert torch.allclose(hidden.grad, expected, rtol=1e-10)
+    assert torch.allclose(hidden.grad, expected, rtol=1e-10, atol=1e-13)
     assert cross_entropy.linear_cross_entropy(hidden[:0], weight, labels[:0]) == 0
 
 
@@ -222,12 +222,14 @@ def test_sorting_then_combining_weighs_every_row_once():
     assert counts_E.tolist() == [(experts_TK == expert).sum() for expert in range(EXPERTS)]
     assert (experts_TK.flatten()[order_R].diff() >= 0).all()
     out = weigh_rows(x_TH[order_R // top_k], place_of(order_R), weights_TK)
-    assert torch.allclose(out, x_TH * weights_TK.sum(-1, keepdim=True), rtol=1e-12)
+    assert torch.allclose(out, x_TH * weights_TK.sum(-1, keepdim=True), rtol=1e-12, atol=1e-13)
 
 
 def test_spreading_and_gathering_rows_are_each_other_s_gradient():
     order_R = torch.randperm(18)
-    assert torch.allclose(gather_rows(spread_rows(x_TH := leaf(9, HIDDEN), order_R, 2), order_R, 2), 2 * x_TH)
+    assert torch.allclose(
+        gather_rows(spread_rows(x_TH := leaf(9, HIDDEN), order_R, 2), order_R, 2), 2 * x_TH, atol=1e-14
+    )
     assert torch.autograd.gradcheck(lambda x: spread_rows(x, order_R, 2), leaf(9, HIDDEN))
     assert torch.autograd.gradcheck(lambda x: gather_rows(x, order_R, 2), leaf(18, HIDDEN))
 
@@ -278,5 +280,5 @@ def test_attention_reference_equals_torch():
     mask = torch.full((7, 7), float("-inf"), dtype=torch.float64).triu(1).expand(2, 1, 7, 7)
     got, probabilities = attention.reference(torch.nn.Module(), query, key, value, mask, scaling=8**-0.5)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    assert torch.allclose(got.transpose(1, 2), expected, rtol=1e-10)
-    assert torch.allclose(probabilities.sum(-1), torch.ones(2, 4, 7, dtype=torch.float64))
+    assert torch.allclose(got.transpose(1, 2), expected, rtol=1e-10, atol=1e-13)
+    assert torch.allclose(probabilities.sum(-1), torch.ones(2, 4, 7, dtype=torch.float64), atol=1e-14)
