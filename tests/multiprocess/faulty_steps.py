@@ -1,7 +1,7 @@
 """Runs runs as `many_runs` does, with faults in them: `python -m tests.multiprocess.faulty_steps JOBS.json`.
 
-A job also has `faults`: for a step, the rank that it hits and what is done there. What each process held before and
-after every step is compared, bit by bit: which steps changed nothing goes into JOBS.RANK.unchanged, job after job.
+A job also has `faults`: for a step, the rank that it hits, null for all, and what is done there. What each process held
+before and after every step is compared, bit by bit: which changed nothing goes into JOBS.RANK.unchanged, job after job.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 import train.loop
 from mixtral.weights.names import unwrapped
 from tests.multiprocess.many_runs import run, stay_together
+from train.guard import Skip
 
 HIT = {
     "gradient": "model.norm.weight",
@@ -23,13 +24,13 @@ HIT = {
 RANK = int(os.environ.get("RANK", "0"))
 train_step, learning_rate, objective_parts = train.loop.train_step, train.loop.learning_rate, train.loop.objective_parts
 step_now = [0]
-faults: dict[int, tuple[int, str]] = {}
+faults: dict[int, tuple[int | None, str]] = {}
 unchanged: list[int] = []
 
 
 def fault_now():
     rank, kind = faults.get(step_now[0], (None, ""))
-    return kind if rank == RANK else ""
+    return kind if rank in (RANK, None) else ""
 
 
 def remember_step(step, *inputs):
@@ -73,7 +74,11 @@ def watched_step(engine, *inputs):
         engine.faults = lambda: faults_of_another_sum(engine)
     if kind.startswith("flip "):
         engine.faults = lambda: faults_beside_a_flipped_bit(engine, kind.removeprefix("flip "))
+    guard = inputs[-1]
+    if kind == "spike":  # a gradient like any other
+        guard.judge = lambda *_: Skip("the loss is a spike", (0, 1))
     result = train_step(engine, *inputs)
+    guard.__dict__.pop("judge", None)
     for hook in hooks:
         hook.remove()
     engine.__dict__.pop("faults", None)

@@ -76,6 +76,36 @@ def test_no_engine_keeps_anything_of_a_step_that_is_not_finite_on_one_process(tm
     assert said.count("step 7: the gradient norm is not finite on process 0 (rows ") == 4
 
 
+FINITE = {  # beside those that no engine of DeepSpeed's trains
+    "replicated": [],
+    "replicated, accumulated": ["train.gradient_accumulation_steps=2"],
+    "ZeRO-1, bf16": ["parallel.zero=1", "train.precision=bf16"],
+    "ZeRO-2, offloaded": ["parallel.zero=2", "parallel.expert=2", "parallel.offload_optimizer=true"],
+    "ZeRO-3, accumulated": ["parallel.zero=3", "parallel.expert=2", "train.gradient_accumulation_steps=2"],
+    "ZeRO-3, bf16, offloaded, accumulated": [
+        *("parallel.zero=3", "parallel.expert=2", "train.gradient_accumulation_steps=2"),
+        *("parallel.offload_optimizer=true", "train.precision=bf16"),
+    ],
+}
+
+
+def test_a_step_that_is_skipped_though_it_is_finite_leaves_nothing_for_the_next(tmp_path, corpus):
+    """The norm of the step after them is that of its own gradient, as where none is kept between steps."""
+    words = [f"data.path={corpus}", "train.max_steps=4", "train.micro_batch_size=2", "checkpoint.every=2"]
+    jobs = [
+        {"words": [*words, *engine, f"run.dir={tmp_path / name}"], "faults": {2: (None, "spike"), 3: (1, "gradient")}}
+        for name, engine in FINITE.items()
+    ]
+    codes, unchanged, _ = launch_jobs(tmp_path, jobs)
+    assert codes == [0] * len(FINITE)
+    assert unchanged == [[[2, 3]] * len(FINITE)] * 2
+    for name in FINITE:
+        assert read_json(tmp_path / name / "checkpoints" / "step-00000004" / "state.json")["updates"] == 2
+        alike = tmp_path / ("replicated, accumulated" if "accumulated" in name else "replicated")
+        norms = [metrics(folder)[-1]["grad_norm"] for folder in (tmp_path / name, alike)]
+        assert norms[0] == pytest.approx(norms[1], rel=2e-2 if "bf16" in name else 1e-5), name
+
+
 def test_so_many_skipped_steps_in_a_row_end_the_run_with_five_on_every_process(tmp_path, corpus):
     words = [f"data.path={corpus}", *STEPS, "parallel.zero=2"]
     cases = {"train.max_skipped_steps=0": [2], "train.max_skipped_steps=2": [2, 4, 5]}
