@@ -22,18 +22,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 from tests.multiprocess.layouts import LAYOUTS, TOLERANCES, cross
 from tests.train.helpers import SMALL, metrics, read_json, torchrun, write_corpus
+from tests.warm import launch_ranks
 from train.checkpoint.find import find, listed, read_name
 from train.config import Config, TrainConfig
-from train.errors import CheckpointError, NumericsError
-from train.model import empty_model, initial_weights
+from train.errors import CheckpointError
 from train.parallel.replicated import ReplicatedEngine
 
 STEPS, EVERY = 240, 20
 LATE = 60  # so many steps before the last one a request to stop is certain to be met
+ENGINES = {
+    "replicated": ["train.precision=bf16"],
+    "ZeRO-1": ["parallel.zero=1", "parallel.expert=2", "train.precision=bf16"],
+    "ZeRO-2": ["parallel.zero=2", "parallel.expert=2"],
+    "ZeRO-3": ["parallel.zero=3", "parallel.expert=2"],
+}
 FIGURES = ("step", "tokens", "loss", "grad_norm", "router_loss", "eval_loss")
 COUNTS = {  # quick, whole
     "kills": (6, 50),
@@ -250,41 +254,39 @@ def resumes(campaign: Campaign, outcome: Outcome) -> None:
 
 
 def poisoned(campaign: Campaign, outcome: Outcome) -> None:
-    """Puts one NaN or infinity into a gradient; no parameter may change, and the next clean step is taken."""
-    engine = ReplicatedEngine(Config(train=TrainConfig(precision="fp32")))
-    from mixtral import MixtralConfig
-    from tests.conftest import SIZES
+    """Makes the loss, or a gradient, NaN or infinite on one of two processes, in steps at random, in every engine.
 
-    model = MixtralConfig(**SIZES)
-    engine.prepare(empty_model(model), lambda experts: initial_weights(model, 0, experts))
-    parameters = list(engine.module.parameters())
-    for _ in range(campaign.count("poisoned gradients")):
-        outcome.tried += 1
-        before = [parameter.detach().clone() for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = torch.ones_like(parameter)
-        hit = campaign.draw.choice(parameters)
-        assert hit.grad is not None
-        hit.grad.view(-1)[campaign.draw.randrange(hit.numel())] = campaign.draw.choice([float("nan"), float("inf")])
-        try:
-            engine.step(lr=0.1)
-            outcome.expect(False, "a step was taken with a gradient that is not finite")
-        except NumericsError:
-            pass
-        same = all(torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
-        outcome.expect(same, "a parameter changed")
-        for parameter in parameters:
-            parameter.grad = torch.ones_like(parameter)
-        outcome.expect(engine.step(lr=0.0) > 0, "the next clean step was not taken")
+    Weights, masters and moments must be the same bit by bit after those steps, and only after those.
+    """
+    each = campaign.count("poisoned gradients") // len(ENGINES)
+    jobs, expected = [], []
+    for name, words in ENGINES.items():
+        steps = sorted(campaign.draw.sample(range(1, 2 * each), each))
+        kinds = [(campaign.draw.randrange(2), campaign.draw.choice(("loss", "gradient", "expert"))) for _ in steps]
+        own = [f"data.path={campaign.corpus}", f"run.dir={campaign.home / name}", f"train.max_steps={2 * each}"]
+        own += ["train.micro_batch_size=1", f"train.max_skipped_steps={each}", *words]
+        jobs.append({"words": own, "faults": dict(zip(steps, kinds, strict=True))})
+        expected.append(steps)
+        outcome.tried += each
+    path = campaign.home / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    done = launch_ranks(2, "tests.multiprocess.faulty_steps", str(path), timeout=900)
+    outcome.expect(done.returncode == 0, done.stderr[-500:])
+    for rank in range(2) if done.returncode == 0 else ():
+        unchanged = read_json(path.with_suffix(f".{rank}.unchanged"))
+        for name, found, steps in zip(ENGINES, unchanged, expected, strict=True):
+            outcome.expect(found == steps, f"{name}: steps {found} changed nothing on process {rank}, not {steps}")
 
 
 def clean(campaign: Campaign, outcome: Outcome) -> None:
-    """Trains without a fault; no step may be left out."""
+    """Trains without a fault, where spikes are skipped; no step may be."""
     outcome.tried = campaign.count("clean steps")
     folder = campaign.home / "clean"
-    code = campaign.run(folder, f"train.max_steps={outcome.tried}", "train.log_every=1", "optim.lr=1e-4")
-    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    words = ["train.log_every=1", "train.spike_zscore=6", "train.on_spike=skip"]
+    code = campaign.run(folder, f"train.max_steps={outcome.tried}", *words)
+    rows = metrics(folder)
     outcome.expect(code == 0 and len(rows) == outcome.tried + 1, f"{len(rows)} rows, exit code {code}")
+    outcome.expect(rows[-1]["skipped_steps"] == 0, f"{rows[-1]['skipped_steps']} steps skipped")
 
 
 PARTS: dict[str, Callable[[Campaign, Outcome], None]] = {
@@ -293,7 +295,7 @@ PARTS: dict[str, Callable[[Campaign, Outcome], None]] = {
     "damaged files": damages,
     "SIGTERM": requests,
     "other layouts": resumes,
-    "NaN or Inf in a gradient": poisoned,
+    "NaN or Inf on one process": poisoned,
     "clean steps": clean,
 }
 
