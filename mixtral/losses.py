@@ -168,6 +168,27 @@ def router_z_loss(squared_lse_L: Tensor, tokens: Tensor | float) -> Tensor:
     return squared_lse_L.mean() / torch.as_tensor(tokens, dtype=squared_lse_L.dtype).clamp(min=1)
 
 
+def router_divergence(
+    logits: Sequence[Tensor], base_logits: Sequence[Tensor], token_mask_T: Tensor | None = None
+) -> Tensor:
+    """Sums over tokens how far routers' distributions are from a base's: KL(base || now), in nats.
+
+    Args:
+        logits: L tensors (T, E), raw.
+        base_logits: likewise; no gradient flows into them.
+        token_mask_T: true where a token counts; None counts all.
+
+    Returns:
+        (L,), in the logits' dtype; zero where both are the same.
+    """
+    layers = []
+    for logits_TE, base_TE in zip(logits, base_logits, strict=True):
+        log_base_TE = base_TE.detach().log_softmax(dim=-1)
+        per_token_T = (log_base_TE.exp() * (log_base_TE - logits_TE.log_softmax(dim=-1))).sum(dim=-1)
+        layers.append((per_token_T if token_mask_T is None else per_token_T * token_mask_T.flatten()).sum())
+    return torch.stack(layers)
+
+
 def shift_labels(labels_BS: Tensor) -> Tensor:
     """Moves each label to the position that predicts it; the last position predicts nothing."""
     return torch.nn.functional.pad(labels_BS[:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -407,6 +407,19 @@ class EvaluateConfig:
     compare: list[str] = key(
         [], "the verb evaluate: folders or hub ids of models, or folders of adapters, that are evaluated side by side"
     )
+    router_drift_tokens: int = key(
+        16_384,
+        "with model.init_from, held-out tokens whose routing is compared with that of the model the run started from, "
+        "in whole rows; 0 compares none",
+        minimum=0,
+    )
+    router_agreement_alarm: float | None = key(
+        0.5,
+        "an alarm is raised when a smaller share of these tokens' choices of experts, in any layer, are those they "
+        "were; null raises none",
+        above=0,
+        maximum=1,
+    )
     metric: str = key(
         "loss",
         "the held-out figure by which evaluations are compared; of loss and mse less is better, of the others more",
@@ -882,6 +895,24 @@ def check_training(config: Config) -> None:
         config.lora.rank > 0 and config.model.init_from is None,
         f"lora.rank={config.lora.rank} adapts given weights: set model.init_from",
     )
+    evaluate = config.evaluate
+    for name in ("router_drift_tokens", "router_agreement_alarm"):
+        value = getattr(evaluate, name)
+        _refuse(
+            bool(value) and value != getattr(EvaluateConfig(), name) and not routing_can_move(config),
+            f"evaluate.{name}={value} is of no effect: "
+            + (
+                "set model.init_from"
+                if config.model.init_from is None
+                else "no weight is trained that routing hangs on"
+            ),
+        )
+    _refuse(
+        evaluate.router_drift_tokens == 0
+        and evaluate.router_agreement_alarm not in (None, EvaluateConfig().router_agreement_alarm),
+        f"evaluate.router_agreement_alarm={evaluate.router_agreement_alarm} is of no effect: set "
+        "evaluate.router_drift_tokens above 0",
+    )
 
 
 def check_generation(config: Config, *, can_chat: bool) -> None:
@@ -917,6 +948,24 @@ def check_generation(config: Config, *, can_chat: bool) -> None:
         output is not None and Path(output).expanduser().exists(),
         f"generate.output={output} exists already: name another file, or move it away",
     )
+
+
+def routing_can_move(config: Config) -> bool:
+    """Whether a run starts from given weights and trains any that a token's routing depends on."""
+    lora, last = config.lora, config.model.num_hidden_layers - 1
+    if config.model.init_from is None:
+        return False
+    if lora.rank > 0:
+        return bool({*words_of(lora.targets)} - {"lm_head"}) or (lora.experts and last > 0)
+    after = (f"model.layers.{last}.mlp.experts.", "model.norm.", "lm_head.", "score.")  # the last router
+    return any(not name.startswith(after) for name in trained_names(config))
+
+
+def router_is_trained(config: Config) -> bool:
+    """Whether a run trains any router, or an adapter of it."""
+    if config.lora.rank > 0:
+        return "gate" in words_of(config.lora.targets)
+    return any(name.endswith("mlp.gate.weight") for name in trained_names(config))
 
 
 def trained_names(config: Config) -> set[str]:

@@ -96,7 +96,7 @@ def train(
     replicas = Replicas(engine, config.train.check_replicas_every, checkpoints.step)
     guard = Guard(config.train, replicas)
     failures = Failures(engine, config, data, share, observer, guard)
-    checkpoints.carry(router=balance, figures=observer, best=evaluations.best, guard=guard)
+    checkpoints.carry(router=balance, figures=observer, guard=guard, **evaluations.parts())
     checkpoints.seed(config.run.seed + 1)  # dropout differs between processes
     prefetch = Prefetch(data.steps(share, checkpoints.step))
     with contextlib.closing(prefetch) as steps, Preemption(engine, enabled=checkpoints.enabled) as preemption:

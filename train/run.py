@@ -10,15 +10,15 @@ from train.evaluate.evaluations import Evaluations
 from train.finish import finish, keeper_of_best
 from train.folder import RunFolder
 from train.loop import train
-from train.lora import find_adapter, trainable_model, with_adapters
-from train.model import model_config, starting_weights
+from train.lora import trainable_model
+from train.model import model_config
 from train.observe.observer import Observer
 from train.observe.progress import header
 from train.observe.trackers import open_tracker
 from train.parallel.engine import Engine
 from train.parallel.layout import open_engine
 from train.setup import choose_folder, number_of_steps, open_data, open_prompts, quiet_libraries, signals_as_errors
-from train.start import check_and_find
+from train.start import begin, check_and_find
 
 Work = Callable[[Engine, RunFolder | None, Config], str]
 
@@ -55,15 +55,13 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     prompts = engine.on_main(lambda: open_prompts(config, tokenizer))
     max_steps = number_of_steps(config, data, engine.world_size)
     model = trainable_model(config, model_config(config.model, tokenizer, data.labels))
-    engine.first_on_each_host(lambda: find_adapter(config.lora, model.config))
-    engine.prepare(model, with_adapters(starting_weights(config, model.config), config, model.config))
-    checkpoints.restore(data)
+    drift = begin(engine, model, checkpoints, config, data)
     if folder:
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer, checkpoints.finished():
         keep = keeper_of_best(engine, tokenizer, data, config, observer)
-        evaluations = Evaluations(engine, config, data, prompts, keep)
+        evaluations = Evaluations(engine, config, data, prompts, keep, drift)
         train(engine, config, data, max_steps, observer, checkpoints, evaluations)
         finish(folder, engine, tokenizer, data, config, observer, evaluations.best)
     return evaluations.best.closing(observer.last["step"], max_steps)

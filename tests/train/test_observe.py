@@ -13,7 +13,7 @@ from mixtral import MixtralConfig
 from tests.train.helpers import metrics, run_small, write_corpus
 from train.config import Config, RunConfig
 from train.observe import plots
-from train.observe.alarms import CollapseAlarm
+from train.observe.alarms import CollapseAlarm, DriftAlarm, against_drift
 from train.observe.counts import count
 from train.observe.hardware import named_peak
 from train.observe.progress import Progress, header
@@ -37,7 +37,11 @@ def test_plots_are_pictures_with_something_on_them(tmp_path, layers):
     plots.draw_loss([{"step": 0, "eval_loss": 8.1, "eval_perplexity": 3000.0}, *rows], tmp_path / "loss.png")
     plots.draw_expert_load(rows, tmp_path / "load.png")
     plots.draw_router(rows, tmp_path / "router.png")
-    for name in ("loss.png", "load.png", "router.png"):
+    drifted = [
+        {"step": at, "router_agreement": [1 - at / 50] * layers, "router_kl": [at / 9] * layers} for at in (0, 9)
+    ]
+    plots.draw_router_drift(drifted, tmp_path / "drift.png")
+    for name in ("loss.png", "load.png", "router.png", "drift.png"):
         assert imread(tmp_path / name)[..., :3].std() > 0.02
 
 
@@ -180,6 +184,27 @@ def test_a_layer_that_collapses_is_announced_once_and_so_is_its_recovery():
     assert "step 2: layer 1 sends 98% of its rows to the same 2 of 8 experts" in lines[0]
     assert alarm.hear(3, [even, collapsed]) == []
     assert alarm.hear(4, [even, even]) == ["step 4: layer 1 has recovered"]
+
+
+def test_a_layer_that_drifts_is_announced_once_and_so_is_its_return():
+    alarm = DriftAlarm(0.5, "do less")
+    assert alarm.hear(0, [1.0, 1.0]) == []
+    assert alarm.hear(5, [0.5, 0.41]) == [
+        "ALARM step 5: layer 1 makes 41% of the choices that it made at the start, less than "
+        "evaluate.router_agreement_alarm=0.5; do less"
+    ]
+    assert alarm.hear(10, [0.5, 0.3]) == []
+    assert alarm.hear(15, [0.5, 0.5]) == ["step 15: layer 1 has come back"]
+    assert DriftAlarm(None, "do less").hear(5, [0.0]) == []
+
+
+def test_the_advice_is_of_what_the_run_trains():
+    config = Config()
+    assert "freeze the routers" in against_drift(config)
+    config.lora.rank = 4
+    assert "train less of what comes before the routers" in against_drift(config)
+    config.lora.targets = "q_proj,gate"
+    assert "freeze the routers" in against_drift(config)
 
 
 def test_a_layer_without_a_choice_raises_no_alarm():

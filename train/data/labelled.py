@@ -23,7 +23,7 @@ from train.config import PROBLEMS, DataConfig
 from train.data.formats import RowError
 from train.data.packing import Batch, TokenTable
 from train.data.samples import SampleRows
-from train.data.share import Share
+from train.data.share import Share, evenly
 from train.data.sources import column
 from train.data.templates import Sample
 from train.errors import DataError
@@ -228,10 +228,16 @@ class LabelledRows(SampleRows):
         window, within = divmod(step, WINDOW)
         return self._window(window, size)[within * size : (within + 1) * size]
 
-    def evaluation(self, share: Share) -> Iterator[LabelledBatch]:
-        """Yields a process's batches: each sample once, the shortest first, and as many batches on every process."""
+    def evaluation(self, share: Share, most: int | None = None) -> Iterator[LabelledBatch]:
+        """Yields a process's batches: each sample once, the shortest first, and as many batches on every process.
+
+        Args:
+            share: of the process.
+            most: bound on the samples, which are evenly spread then.
+        """
         samples = np.flatnonzero(self.lengths)
         samples = samples[np.argsort(self.lengths[samples], kind="stable")]
+        samples = samples[evenly(len(samples), most)]
         for start in range(0, len(samples), share.rows_per_step):
             yield from self._divided(samples[start : start + share.rows_per_step], share)
 

@@ -18,7 +18,7 @@ from train.data.formats import RowError
 from train.data.labelled import LabelledBatch, LabelledEncoder, LabelledRows, Labels, labels_of
 from train.data.packing import Batch, PackedRows, Row, make_row, pack_stream, stack
 from train.data.samples import SampleRows, pack_sample_stream
-from train.data.share import Share
+from train.data.share import Share, evenly
 from train.data.sources import (
     column,
     load_documents,
@@ -186,23 +186,22 @@ class Data:
         return self.sources or {"all": self.held_out}
 
     def evaluation(
-        self, share: Share, held_out: PackedRows | SampleRows | None = None
+        self, share: Share, held_out: PackedRows | SampleRows | None = None, most: int | None = None
     ) -> Iterator[Batch | LabelledBatch]:
         """Yields a process's held-out batches: each row once, and as many batches on every process.
 
         Args:
             share: of the process.
             held_out: some of the held-out rows; by default all.
+            most: bound on the rows, which are evenly spread then, and the same whoever takes them.
         """
         held_out = held_out or self.held_out
         if isinstance(held_out, LabelledRows):
-            yield from held_out.evaluation(share)
+            yield from held_out.evaluation(share, most)
             return
-        count = len(held_out)
         empty = make_row([], self.sequence_length)
-        for step in range(-(-count // share.rows_per_step)):
-            for rows in share.rows(step):
-                yield stack([held_out[row] if row < count else empty for row in rows])
+        for rows in share.batches(evenly(len(held_out), most)):
+            yield stack([*(held_out[row] for row in rows), *[empty] * (share.micro_batch_size - len(rows))])
 
 
 def open_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Dataset]:

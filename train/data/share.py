@@ -7,6 +7,12 @@ from typing import Any
 from train.config import TrainConfig
 
 
+def evenly(count: int, most: int | None) -> list[int]:
+    """Lists the indices of `count` items, or of at most so many of them, evenly spread."""
+    chosen = count if most is None else min(count, most)
+    return [index * count // chosen for index in range(chosen)]
+
+
 @dataclass(frozen=True)
 class Share:
     """Which rows of an optimizer step are a process's.

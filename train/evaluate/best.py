@@ -24,9 +24,9 @@ class Best:
     value: float = 0.0
     waited: int = 0
 
-    def hear(self, step: int, figures: dict[str, float]) -> bool:
+    def hear(self, step: int, figures: dict[str, Any]) -> bool:
         """Takes in an evaluation; says whether it is the best so far."""
-        value = figures[f"eval_{self.metric}"]
+        value: float = figures[f"eval_{self.metric}"]
         better = self.step is None or (value < self.value if self.metric in LOWER else value > self.value)
         if better:
             self.step, self.value, self.waited = step, value, 0

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from train.config import Config
 from train.data.loader import Data
+from train.drift import Drift
 from train.evaluate.best import Best
 from train.evaluate.held_out import evaluate
 from train.evaluate.prompts import Prompts
@@ -21,6 +23,7 @@ class Evaluations:
         data: whose held-out rows are evaluated.
         prompts: that are answered.
         keep: called by every process after an evaluation that is the best so far.
+        drift: compares the routing with that of the model that the run started from.
         best: of those heard; the main process knows it alone.
     """
 
@@ -29,6 +32,7 @@ class Evaluations:
     data: Data
     prompts: Prompts | None = None
     keep: Callable[[], None] | None = None
+    drift: Drift | None = None
     best: Best = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,11 +43,16 @@ class Evaluations:
         every = self.config.evaluate.every
         return last or (every is not None and step % every == 0)
 
-    def figures(self) -> dict[str, float]:
-        """Evaluates; every process takes part."""
-        return evaluate(self.engine, self.config, self.data, self.prompts)
+    def parts(self) -> dict[str, Any]:
+        """Gives what of it is in a checkpoint, by name."""
+        return {"best": self.best} | ({"drift": self.drift} if self.drift else {})
 
-    def hear(self, step: int, figures: dict[str, float]) -> bool:
+    def figures(self) -> dict[str, Any]:
+        """Evaluates; every process takes part."""
+        figures = evaluate(self.engine, self.config, self.data, self.prompts)
+        return figures | (self.drift.figures() if self.drift else {})
+
+    def hear(self, step: int, figures: dict[str, Any]) -> bool:
         """Has the model of a step kept if its figures are the best so far; says whether patience is at its end."""
         is_better, is_over = self.engine.on_main(lambda: (self.best.hear(step, figures), self.best.is_over))
         if is_better and self.keep is not None:

@@ -1,4 +1,6 @@
-"""What a person should hear of at once: layers whose router no longer chooses."""
+"""What a person should hear of at once: layers whose router no longer chooses, or no longer chooses as it did."""
+
+from train.config import Config, router_is_trained
 
 COLLAPSED_SHARE = 0.95
 
@@ -32,4 +34,39 @@ class CollapseAlarm:
         ]
         lines += [f"step {step}: layer {layer} has recovered" for layer in sorted(self._collapsed - now.keys())]
         self._collapsed = set(now)
+        return lines
+
+
+def against_drift(config: Config) -> str:
+    """Says what to do in a run whose routing moves too far."""
+    if router_is_trained(config):
+        return "lower optim.lr, or freeze the routers (by lora.targets or train.only)"
+    return "lower optim.lr, or train less of what comes before the routers (by lora.targets or train.only)"
+
+
+class DriftAlarm:
+    """Turns agreements with the base's routing into lines, one when a layer's is too small and one when it is not.
+
+    Args:
+        least: agreement that is none; None for never.
+        advice: what to do.
+    """
+
+    def __init__(self, least: float | None, advice: str) -> None:
+        self._least, self._advice = least, advice
+        self._drifted: set[int] = set()
+
+    def hear(self, step: int, agreement: list[float]) -> list[str]:
+        """Returns the lines that each layer's agreement gives cause for."""
+        if self._least is None:
+            return []
+        now = {layer: share for layer, share in enumerate(agreement) if share < self._least}
+        lines = [
+            f"ALARM step {step}: layer {layer} makes {share:.0%} of the choices that it made at the start, less than "
+            f"evaluate.router_agreement_alarm={self._least:g}; {self._advice}"
+            for layer, share in now.items()
+            if layer not in self._drifted
+        ]
+        lines += [f"step {step}: layer {layer} has come back" for layer in sorted(self._drifted - now.keys())]
+        self._drifted = set(now)
         return lines

@@ -11,7 +11,7 @@ from mixtral import MixtralConfig
 from train.config import Config
 from train.errors import MachineError
 from train.folder import RunFolder
-from train.observe.alarms import CollapseAlarm
+from train.observe.alarms import CollapseAlarm, DriftAlarm, against_drift
 from train.observe.hardware import peak_flops
 from train.observe.plots import draw
 from train.observe.progress import Progress
@@ -40,6 +40,7 @@ class Observer:
         self._metrics = folder.open_metrics() if folder else None
         self._progress = Progress(max_steps) if folder else None
         self._alarm = CollapseAlarm(model.num_experts_per_tok)
+        self._drift_alarm = DriftAlarm(config.evaluate.router_agreement_alarm, against_drift(config))
         self._steps = self._tokens = self._new_tokens = 0
         self._seconds = self._waited = 0.0
         self.last: dict[str, Any] = {}
@@ -88,7 +89,9 @@ class Observer:
         if self._metrics and self._progress:
             self._write(json.dumps(row, allow_nan=False) + "\n")
             self._progress.show(row)
-            for line in self._alarm.hear(step, row["expert_load"]) if "expert_load" in row else ():
+            lines = self._alarm.hear(step, row["expert_load"]) if "expert_load" in row else []
+            lines += self._drift_alarm.hear(step, row["router_agreement"]) if "router_agreement" in row else []
+            for line in lines:
                 self._progress.say(line)
             if "eval_loss" in row and step > 0 and self._pictures:
                 draw(self._pictures)

@@ -11,7 +11,10 @@ from train.folder import RunFolder
 
 
 def draw(folder: RunFolder) -> None:
-    """Draws `loss.png`, `expert_load.png` and `router.png` of what metrics.jsonl holds so far into `plots/`."""
+    """Draws into `plots/` what metrics.jsonl holds so far.
+
+    `loss.png`, `expert_load.png` and `router.png`; `router_drift.png` where a run started from given weights.
+    """
     rows = read_metrics(folder.metrics_path)
     target = folder.path / "plots"
     target.mkdir(exist_ok=True)
@@ -19,6 +22,8 @@ def draw(folder: RunFolder) -> None:
     if any("expert_load" in row for row in rows):
         draw_expert_load(rows, target / "expert_load.png")
         draw_router(rows, target / "router.png")
+    if any("router_agreement" in row for row in rows):
+        draw_router_drift(rows, target / "router_drift.png")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -101,8 +106,7 @@ def draw_router(rows: list[dict[str, Any]], target: Path) -> None:
     _, layers, experts = load_SLE.shape
     figure, (upper, middle, lower) = _figure(8, 7, nrows=3, sharex=True, height_ratios=(3, 3, 2))
     for layer in range(layers):
-        look = {"color": _shade(layer / max(1, layers - 1)), "linewidth": 1.2}
-        look |= {"label": f"layer {layer}"} if layer in {0, layers // 2, layers - 1} else {}
+        look = _look(layer, layers)
         upper.plot(steps, entropy_SL[:, layer], **look)
         middle.plot(steps, load_SLE[:, layer].max(axis=1) * experts, **look)
     upper.axhline(math.log(experts), color="grey", linestyle=":", linewidth=1, label="no choice at all")
@@ -121,10 +125,33 @@ def draw_router(rows: list[dict[str, Any]], target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
-def _shade(depth: float) -> Any:
+def draw_router_drift(rows: list[dict[str, Any]], target: Path) -> None:
+    """Draws how much of each layer's routing is still that of the model the run started from, and how far it is off."""
+    evaluated = [row for row in rows if "router_agreement" in row]
+    steps = [row["step"] for row in evaluated]
+    agreement_SL, kl_SL = (np.asarray([row[name] for row in evaluated]) for name in ("router_agreement", "router_kl"))
+    layers = agreement_SL.shape[1]
+    figure, (upper, lower) = _figure(8, 5.5, nrows=2, sharex=True)
+    for layer in range(layers):
+        upper.plot(steps, agreement_SL[:, layer], "o-", markersize=3, **_look(layer, layers))
+        lower.plot(steps, kl_SL[:, layer], "o-", markersize=3, **_look(layer, layers))
+    upper.set_ylabel("choices that are\nstill the base's (share)")
+    upper.set_ylim(top=1.02)
+    upper.legend(fontsize=8)
+    lower.set_ylabel("KL(base || now)\n(nats per token)")
+    lower.set_ylim(bottom=0)
+    lower.set_xlabel("step")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=110)
+
+
+def _look(layer: int, layers: int) -> dict[str, Any]:
+    """Gives a layer's line its colour, by depth, and three of them a name."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](0.9 * depth)
+    look = {"color": colormaps["viridis"](0.9 * layer / max(1, layers - 1)), "linewidth": 1.2}
+    return look | ({"label": f"layer {layer}"} if layer in {0, layers // 2, layers - 1} else {})
 
 
 def draw_lengths(lengths: np.ndarray, sequence_length: int, target: Path) -> None:

@@ -59,7 +59,8 @@ def forward(run: Any, metrics: Path, seen: int) -> int:
         row = json.loads(line)
         for layer, shares in enumerate(row.pop("expert_load", [])):
             row |= {f"expert_load/layer_{layer}/expert_{expert}": share for expert, share in enumerate(shares)}
-        row |= {f"router_entropy/layer_{layer}": value for layer, value in enumerate(row.pop("router_entropy", []))}
+        for name in ("router_entropy", "router_agreement", "router_kl"):
+            row |= {f"{name}/layer_{layer}": value for layer, value in enumerate(row.pop(name, []))}
         run.log(row, step=row["step"])
     return seen + len(lines)
 

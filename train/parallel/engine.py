@@ -1,7 +1,7 @@
 """The processes of a run: how they meet, add up figures, and share one model through accelerate."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
@@ -158,12 +158,16 @@ class Engine(ABC):
         return Traffic()
 
     @abstractmethod
-    def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    def local(self, kind: Kind, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yields this process's weights with its experts, each whole while it is looked at.
 
         Or those alone that are trained, or the masters of these, which the optimizer updates, or their gradients.
 
         Every process must go through it; gradients are there between the last `backward` and `step`.
+
+        Args:
+            kind: which of these.
+            names: of those wanted; by default all.
         """
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:

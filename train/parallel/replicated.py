@@ -1,7 +1,7 @@
 """Every process holds the whole model: gradients are averaged by DistributedDataParallel, through accelerate."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 import torch.distributed as dist
@@ -110,7 +110,7 @@ class ReplicatedEngine(Engine):
         for name, master in self._masters.by_name.items() if self._masters else ():
             yield f"the master of {name}", master
 
-    def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    def local(self, kind: Kind, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         if kind == "weights":
             parameters = {unwrapped(name): parameter for name, parameter in self.module.named_parameters()}
         elif kind == "trained" or self._masters is None:
@@ -118,6 +118,8 @@ class ReplicatedEngine(Engine):
         else:
             parameters = self._masters.by_name
         for name, parameter in parameters.items():
+            if names is not None and name not in names:
+                continue
             if kind != "gradients":
                 yield name, parameter.detach()
             else:

@@ -1,7 +1,7 @@
 """ZeRO and expert parallelism: DeepSpeed's engine, prepared by accelerate, its configuration generated from ours."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import deepspeed
@@ -148,11 +148,11 @@ class ZeroEngine(Engine):
             if whole and getattr(parameter, "ds_status", None) in (None, ZeroParamStatus.AVAILABLE):
                 yield name, parameter
 
-    def local(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+    def local(self, kind: Kind, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         door = {"gradients": safe_get_full_grad, "masters": safe_get_full_fp32_param}.get(kind)
         for wrapped, parameter in self.module.named_parameters():
             name = unwrapped(wrapped)
-            if kind != "weights" and not parameter.requires_grad:
+            if (kind != "weights" and not parameter.requires_grad) or (names is not None and name not in names):
                 continue
             if door is not None:
                 values = door(parameter)
