@@ -245,6 +245,12 @@ class TrainConfig:
         choices=("global_batch", "previous_step", "document", "huggingface"),
     )
     router_z_loss_coef: float = key(0.0, "weight of the router z-loss", minimum=0)
+    router_drift_coef: float = key(
+        0.0,
+        "weight of the routers' drift: the mean KL divergence of what the routers that the run started with say of "
+        "hidden states from what the trained ones say; it holds the routers, not what moves before them",
+        minimum=0,
+    )
     router_bias_rate: float = key(
         0.0,
         "balancing without a loss: by how much an expert's bias moves against its load after each step; it sways the "
@@ -894,6 +900,16 @@ def check_training(config: Config) -> None:
     _refuse(
         config.lora.rank > 0 and config.model.init_from is None,
         f"lora.rank={config.lora.rank} adapts given weights: set model.init_from",
+    )
+    drift = config.train.router_drift_coef
+    _refuse(
+        drift > 0 and config.model.init_from is None,
+        f"train.router_drift_coef={drift} holds routers to given ones: set model.init_from",
+    )
+    _refuse(
+        drift > 0 and not router_is_trained(config),
+        f"train.router_drift_coef={drift} is of no effect on frozen routers: "
+        + ("add gate to lora.targets" if config.lora.rank > 0 else "add router to train.only"),
     )
     evaluate = config.evaluate
     for name in ("router_drift_tokens", "router_agreement_alarm"):

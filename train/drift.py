@@ -4,19 +4,21 @@ Shape letters: see `mixtral/modeling.py`.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixtral.losses import router_divergence
-from mixtral.moe import Router
+from mixtral.moe import Router, Routing
 from mixtral.weights.names import unwrapped
 from train.config import Config, routing_can_move
 from train.data.loader import Data
 from train.data.share import Share
 from train.errors import CheckpointError
+from train.lora import AdaptedRouter
 from train.objective import predict
 from train.parallel.engine import Engine
 
@@ -35,6 +37,29 @@ class Routed(NamedTuple):
     token_mask_T: Tensor
 
 
+class BaseRouter(NamedTuple):
+    """A router as a run began with it.
+
+    Attributes:
+        weight_EH: of its logits.
+        adapter: A (r, H), B (E, r) and the scale of what an adapter adds to them; None without one.
+    """
+
+    weight_EH: Tensor
+    adapter: tuple[Tensor, Tensor, float] | None
+
+    @torch.no_grad()
+    def logits(self, x_TH: Tensor) -> Tensor:
+        """Scores every expert as `Router` does, without dropout."""
+        x_TH = x_TH.to(torch.promote_types(x_TH.dtype, torch.float32))
+        with torch.autocast(x_TH.device.type, enabled=False):
+            logits_TE = F.linear(x_TH, self.weight_EH.to(x_TH.dtype))
+            if self.adapter is None:
+                return logits_TE
+            a_rH, b_Er, scale = self.adapter
+            return logits_TE + scale * F.linear(F.linear(x_TH, a_rH.to(x_TH.dtype)), b_Er.to(x_TH.dtype))
+
+
 class Drift:
     """Compares the routing of held-out rows, always the same ones, with the base's: the model that a run starts from.
 
@@ -42,6 +67,9 @@ class Drift:
     that goes on fills its engine with the base's weights first, as one that starts does, and only then with a
     checkpoint's: in between, this must be built. It costs a forward pass over these rows, and is exact in every layout,
     whichever saved the checkpoint. That has a hash of the base's routers alone, by which another base is told apart.
+
+    Where the drift is held down, the base's routers themselves are kept, E x H numbers a layer, and asked about what
+    enters the trained ones in each training pass. What moves before a router moves what both are asked about.
 
     Args:
         engine: that holds the base.
@@ -52,16 +80,21 @@ class Drift:
     def __init__(self, engine: Engine, config: Config, data: Data) -> None:
         self._engine, self._data = engine, data
         self._source = config.model.init_from
+        self._way_out = "" if config.train.router_drift_coef else ", or set evaluate.router_drift_tokens=0"
         size = config.evaluate.micro_batch_size or config.train.micro_batch_size
         self._share = Share(engine.rank, engine.world_size, size)
         self._rows = -(-config.evaluate.router_drift_tokens // config.data.sequence_length)
-        self._digest = digest_of(router_weights(engine))
-        self._base = list(self._routed())
+        weights = router_weights(engine)
+        self._digest = digest_of(weights)
+        self._base = list(self._routed()) if self._rows else []
+        self._base_logits: list[Tensor] | None = None
+        if config.train.router_drift_coef > 0:
+            self._ask(weights)
 
     @classmethod
     def of(cls, engine: Engine, config: Config, data: Data) -> "Drift | None":
         """Builds what a run asks for; None where its routing cannot move from given weights', or nobody asks."""
-        asked = config.evaluate.router_drift_tokens > 0
+        asked = config.evaluate.router_drift_tokens > 0 or config.train.router_drift_coef > 0
         return cls(engine, config, data) if asked and routing_can_move(config) else None
 
     @torch.no_grad()
@@ -69,9 +102,12 @@ class Drift:
         """Compares the model with the base; every process takes part.
 
         Returns:
-            Of each layer, `router_agreement`, the share of tokens' choices of experts that are among the base's, and
-            `router_kl`, the mean over tokens of KL(base || now) of the routers' distributions, in nats.
+            Nothing without rows; else `router_agreement`, of each layer the share of tokens' choices of experts that
+            are among the base's, and `router_kl`, the mean over tokens of KL(base || now) of the routers'
+            distributions, in nats.
         """
+        if not self._rows:
+            return {}
         sums = []
         for now, base in zip(self._routed(), self._base, strict=True):
             logits, base_logits = ([one.double() for one in routed.logits] for routed in (now, base))
@@ -94,6 +130,29 @@ class Drift:
             assert output.expert_indices is not None
             yield Routed(output.router_logits, output.expert_indices, placed.token_mask.flatten())
 
+    def _ask(self, weights: dict[str, Tensor]) -> None:
+        """Has the base's routers asked whenever the trained ones are, in training."""
+        routers = routers_of(self._engine)
+        self._base_logits = logits = [torch.empty(0)] * len(routers)
+
+        def asking(layer: int, base: BaseRouter) -> Callable[[Router, tuple[Tensor, ...], Routing], None]:
+            def ask(router: Router, inputs: tuple[Tensor, ...], _: Routing) -> None:
+                if router.training:
+                    logits[layer] = base.logits(inputs[0])
+
+            return ask
+
+        for layer, (name, router) in enumerate(routers.items()):
+            adapter = None
+            if isinstance(router, AdaptedRouter):
+                a_rH, b_Er = (weights[f"{name}.lora_{side}.weight"] for side in "AB")
+                adapter = a_rH, b_Er, router.scale
+            router.register_forward_hook(asking(layer, BaseRouter(weights[f"{name}.weight"], adapter)))
+
+    def base_logits(self) -> list[Tensor] | None:
+        """Gives what the base's routers say of the last training pass: L tensors (T, E); None where nobody asks."""
+        return None if self._base_logits is None else list(self._base_logits)
+
     def state(self) -> dict[str, Any]:
         """Describes the base."""
         return {"routers": self._digest}
@@ -107,7 +166,7 @@ class Drift:
         if state["routers"] != self._digest:
             raise CheckpointError(
                 f"model.init_from={self._source} has other routers than when the run began, so its drift from them "
-                "cannot be told: bring those weights back, or set evaluate.router_drift_tokens=0"
+                f"cannot be told: bring those weights back{self._way_out}"
             )
 
 

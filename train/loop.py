@@ -17,6 +17,7 @@ from train.config import Config
 from train.data.labelled import AnyBatch
 from train.data.loader import Data, Prefetch
 from train.data.share import Share
+from train.drift import Drift
 from train.errors import NumericsError, Preempted
 from train.evaluate.evaluations import Evaluations
 from train.failures import Failures
@@ -59,11 +60,13 @@ class StepResult:
         statistics = self.parts.statistics
         counts_LE = statistics.counts_LE
         routed, taken, crossing = self.traffic
+        drift = self.parts.router_drift
         return {
             "loss": self.parts.cross_entropy.item(),
             "router_loss": load_balancing_loss(counts_LE, statistics.probability_LE, self.tokens).item(),
             "router_objective": self.parts.router_objective.item(),
             "router_z_loss": self.parts.router_z_loss.item(),
+            **({} if drift is None else {"router_drift_loss": drift.item()}),
             "grad_norm": self.grad_norm,
             "expert_load": (counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp(min=1)).tolist(),
             "dropped_fraction": 1 - taken / routed if routed else 0.0,
@@ -108,7 +111,7 @@ def train(
             micro_batches = next(steps)
             waited = time.perf_counter() - started
             lr = learning_rate(step, max_steps, config.optim.lr, config.schedule)
-            result = train_step(engine, micro_batches, lr, coefficients, balance.load_LE, guard)
+            result = train_step(engine, micro_batches, lr, coefficients, balance.load_LE, guard, evaluations.drift)
             balance.follow(result.load, steps_left=max_steps - step)
             observer.count(result.tokens, seconds=time.perf_counter() - started, waited=waited)
             failure = failures.report(step, result.skip, micro_batches, lr)
@@ -151,6 +154,7 @@ def train_step(
     coefficients: Coefficients,
     load_LE: Tensor,
     guard: Guard,
+    drift: Drift | None = None,
 ) -> StepResult:
     """Takes one optimizer step over this process's micro-batches, or skips it on every process.
 
@@ -161,11 +165,12 @@ def train_step(
         coefficients: of the objective.
         load_LE: of the step before.
         guard: which judges whether it is taken.
+        drift: of the routers, where it is held down.
 
     Raises:
         NumericsError: see `Replicas.compare`.
     """
-    parts, size = accumulate(engine, micro_batches, coefficients, load_LE)
+    parts, size = accumulate(engine, micro_batches, coefficients, load_LE, drift)
     traffic, faults = exchange(engine, torch.stack([part.loss(coefficients) for part in parts]))
     total = Parts.total(parts, engine.sum)
     loss = total.cross_entropy.item()
@@ -192,7 +197,11 @@ def exchange(engine: Engine, losses: Tensor) -> tuple[Traffic, list[list[float]]
 
 
 def accumulate(
-    engine: Engine, micro_batches: Sequence[AnyBatch], coefficients: Coefficients, load_LE: Tensor
+    engine: Engine,
+    micro_batches: Sequence[AnyBatch],
+    coefficients: Coefficients,
+    load_LE: Tensor,
+    drift: Drift | None = None,
 ) -> tuple[list[Parts], StepSize]:
     """Computes the gradient of a step; returns this process's shares of its values, and its size."""
     engine.model.train()
@@ -201,7 +210,8 @@ def accumulate(
     for index, batch in enumerate(micro_batches):
         batch = engine.place(batch)
         output = predict(engine.model, batch, size.trained_tokens, routing=True)
-        parts = objective_parts(output, batch, size, engine.sum, coefficients, load_LE)
+        base_logits = drift.base_logits() if drift else None
+        parts = objective_parts(output, batch, size, engine.sum, coefficients, load_LE, base_logits)
         engine.backward(parts.loss(coefficients), last=index == len(micro_batches) - 1)
         done.append(parts.detached())
     return done, size

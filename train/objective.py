@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy, router loss and router z-loss, as parts that add up.
+"""What is minimised: cross-entropy, router loss, router z-loss and the routers' drift, as parts that add up.
 
 The cross-entropy is a mean over tokens; in its place a classifier has the loss of its problem, a mean over rows.
 
@@ -6,7 +6,7 @@ Each part below is one process's and one micro-step's share of a value of the wh
 plain sum over processes and micro-steps is that value, and so with gradients. No mean of means is taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from mixtral.losses import (
     document_load_balancing_loss,
     load_balancing_loss,
     pooled_load_balancing_loss,
+    router_divergence,
     router_statistics,
     router_z_loss,
 )
@@ -51,12 +52,18 @@ class Coefficients:
     router_loss: float
     router_z_loss: float
     scope: str
+    router_drift: float = 0.0
 
     @classmethod
     def of(cls, config: Config) -> "Coefficients":
         """Reads them from a run's configuration."""
         train = config.train
-        return cls(config.model.router_aux_loss_coef, train.router_z_loss_coef, train.router_loss_scope)
+        return cls(
+            config.model.router_aux_loss_coef,
+            train.router_z_loss_coef,
+            train.router_loss_scope,
+            train.router_drift_coef,
+        )
 
 
 @dataclass
@@ -68,31 +75,39 @@ class Parts:
         router_objective: of the router loss that is optimised.
         router_z_loss: of the router z-loss.
         statistics: sums over tokens, from which the exact router loss follows.
+        router_drift: of the routers' divergence from others; None where there are none.
     """
 
     cross_entropy: Tensor
     router_objective: Tensor
     router_z_loss: Tensor
     statistics: RouterStatistics
+    router_drift: Tensor | None = None
 
     def loss(self, coefficients: Coefficients) -> Tensor:
         """The share of the loss to differentiate."""
-        return (
+        loss = (
             self.cross_entropy
             + coefficients.router_loss * self.router_objective
             + coefficients.router_z_loss * self.router_z_loss
         )
+        return loss if self.router_drift is None else loss + coefficients.router_drift * self.router_drift
 
     def detached(self) -> "Parts":
         """The same values without their graph."""
-        statistics = RouterStatistics(*(tensor.detach() for tensor in self.statistics))
-        return Parts(
-            self.cross_entropy.detach(), self.router_objective.detach(), self.router_z_loss.detach(), statistics
-        )
+        return Parts.of([tensor.detach() for tensor in self.tensors()])
 
     def tensors(self) -> list[Tensor]:
         """Every value, in a fixed order."""
-        return [self.cross_entropy, self.router_objective, self.router_z_loss, *self.statistics]
+        drift = [] if self.router_drift is None else [self.router_drift]
+        return [self.cross_entropy, self.router_objective, self.router_z_loss, *self.statistics, *drift]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> "Parts":
+        """Gives the parts whose `tensors` these are."""
+        cross_entropy, objective, z_loss, *rest = tensors
+        count = len(RouterStatistics._fields)
+        return Parts(cross_entropy, objective, z_loss, RouterStatistics(*rest[:count]), *rest[count:])
 
     @staticmethod
     def total(parts: "list[Parts]", reduce: Reduce) -> "Parts":
@@ -101,8 +116,7 @@ class Parts:
         sums = [torch.stack([tensor.double() for tensor in column]).sum(dim=0) for column in columns]
         flat = reduce(torch.cat([tensor.flatten() for tensor in sums]))
         pieces = flat.split([tensor.numel() for tensor in sums])
-        values = [piece.view_as(tensor) for piece, tensor in zip(pieces, sums, strict=True)]
-        return Parts(values[0], values[1], values[2], RouterStatistics(*values[3:]))
+        return Parts.of([piece.view_as(tensor) for piece, tensor in zip(pieces, sums, strict=True)])
 
 
 def predict(model: nn.Module, batch: AnyBatch, divisor: Tensor | int, *, routing: bool = False) -> Output:
@@ -136,6 +150,7 @@ def objective_parts(
     reduce: Reduce,
     coefficients: Coefficients,
     previous_load_LE: Tensor,
+    base_logits: Sequence[Tensor] | None = None,
 ) -> Parts:
     """Computes this process's shares for one micro-step.
 
@@ -146,6 +161,7 @@ def objective_parts(
         reduce: sums a tensor over the processes; called once with scope `global_batch`, else never.
         coefficients: weights and scope.
         previous_load_LE: routed rows per token of each expert in the step before; see `uniform_load`.
+        base_logits: what other routers say of the same hidden states, L tensors (T, E); None where none are asked.
     """
     assert output.loss is not None
     assert output.router_logits is not None
@@ -166,11 +182,15 @@ def objective_parts(
         router = per_token / step.tokens
     else:
         router = pooled_load_balancing_loss(statistics, tokens) / step.parts
+    drift = None
+    if base_logits is not None:
+        drift = router_divergence(output.router_logits, base_logits, batch.token_mask).mean() / step.tokens
     return Parts(
         cross_entropy=output.loss,
         router_objective=router,
         router_z_loss=router_z_loss(statistics.squared_lse_L, step.tokens),
         statistics=statistics,
+        router_drift=drift,
     )
 
 

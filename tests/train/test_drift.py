@@ -72,7 +72,7 @@ def published_logits(folder, corpus, base):
 
 
 def test_the_figures_are_those_of_transformers_routers(tmp_path, corpus, base):
-    found = drift_of(tune(tmp_path / "run", corpus, base))
+    found = drift_of(tune(tmp_path / "run", corpus, base, "run.plots=true"))
     assert found.keys() == {0, 3, 6}
     assert found[0] == ([1.0, 1.0], [0.0, 0.0])
     then, now = (published_logits(folder, corpus, base) for folder in (base, tmp_path / "run" / "export"))
@@ -89,24 +89,68 @@ def test_the_figures_are_those_of_transformers_routers(tmp_path, corpus, base):
     assert (tmp_path / "run" / "plots" / "router_drift.png").is_file()
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        ["lora.rank=4", "lora.targets=q_proj,gate", "lora.dropout=0.1"],
-        ["train.precision=bf16", "train.only=router"],
-    ],
-    ids=["weights", "adapters", "bf16"],
-)
-def test_a_run_that_died_is_compared_with_the_base_and_not_with_what_it_goes_on_from(tmp_path, corpus, base, words):
-    words = [f"data.path={corpus}", f"model.init_from={base}", *TUNED, "checkpoint.every=2", *words]
-    for name in ("whole", "died"):
-        job = [*(word for word in words), f"run.dir={tmp_path / name}"]
-        codes = [run(job, dies_at=4), run(job, dies_at=2), run(job)] if name == "died" else [run(job)]
-        assert codes[-1] == 0, codes
-    whole, died = (drift_of(metrics(tmp_path / name)) for name in ("whole", "died"))
+RESUMED = {
+    "weights": [],
+    "adapters": ["lora.rank=4", "lora.targets=q_proj,gate", "lora.dropout=0.1"],
+    "bf16": ["train.precision=bf16", "train.only=router"],
+    "held": ["train.router_drift_coef=0.5", "evaluate.router_drift_tokens=0"],
+    "adapters, held": ["train.router_drift_coef=0.5", "lora.rank=4", "lora.targets=gate", "train.recompute=layers"],
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_run_that_died_is_compared_with_the_base_and_not_with_what_it_goes_on_from(tmp_path, corpus, base, kind):
+    words = [f"data.path={corpus}", f"model.init_from={base}", *TUNED, "checkpoint.every=2", *RESUMED[kind]]
+    whole, died = ([*words, f"run.dir={tmp_path / name}"] for name in ("whole", "died"))
+    assert [run(whole), run(died, dies_at=4), run(died, dies_at=2), run(died)] == [0, 99, 99, 0]
+    names = ("loss", "grad_norm", "router_drift_loss", "router_agreement", "router_kl")
+    whole, died = (
+        [{key: row[key] for key in names if key in row} for row in metrics(tmp_path / name)]
+        for name in ("whole", "died")
+    )
     assert whole == died
-    assert whole[6][1] != [0.0, 0.0]
+    if kind != "held":
+        assert whole[6]["router_kl"] != [0.0, 0.0]
+    if "held" in kind:
+        assert whole[1]["router_drift_loss"] == 0.0
+        assert whole[6]["router_drift_loss"] > 0.0
+
+
+def test_a_run_that_holds_its_routers_drifts_less(tmp_path, corpus, base):
+    free, held = (
+        tune(tmp_path / coefficient, corpus, base, "train.only=router", f"train.router_drift_coef={coefficient}")
+        for coefficient in ("0.0", "100.0")
+    )
+    for layer in range(2):
+        assert 0 < drift_of(held)[6][1][layer] < 0.5 * drift_of(free)[6][1][layer]
+    assert not any("router_drift_loss" in row for row in free)
+    assert held[-1]["router_drift_loss"] > 0
+
+
+def test_measuring_changes_no_bit_of_a_run(tmp_path, corpus, base):
+    tune(tmp_path / "measured", corpus, base)
+    tune(tmp_path / "not", corpus, base, "evaluate.router_drift_tokens=0")
+    rows = [
+        [
+            {key: row[key] for key in ("loss", "grad_norm", "eval_loss") if key in row}
+            for row in metrics(tmp_path / name)
+        ]
+        for name in ("measured", "not")
+    ]
+    assert rows[0] == rows[1]
+    exports = [(tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("measured", "not")]
+    assert exports[0] == exports[1]
+
+
+def test_the_base_of_a_run_that_goes_on_from_an_adapter_is_the_adapted_model(tmp_path, corpus, base):
+    words = ["lora.rank=4", "lora.targets=q_proj,gate", "optim.lr=1e-2"]
+    tune(tmp_path / "first", corpus, base, *words)
+    rows = tune(
+        tmp_path / "on", corpus, base, f"lora.init_from={tmp_path / 'first' / 'export'}", "train.router_drift_coef=1"
+    )
+    assert drift_of(rows)[0] == ([1.0, 1.0], [0.0, 0.0])
+    assert rows[1]["router_drift_loss"] == 0.0
+    assert rows[6]["router_drift_loss"] > 0.0
 
 
 def test_another_base_is_not_taken_for_the_one_that_the_run_began_with(tmp_path, corpus, base, capsys):
@@ -135,7 +179,9 @@ def test_a_layer_that_drifts_raises_an_alarm_in_a_run(tmp_path, corpus, base, ca
     tune(tmp_path / "run", corpus, base, "evaluate.router_agreement_alarm=1.0")
     lines = [line for line in capfd.readouterr().out.splitlines() if "router_agreement_alarm=1" in line]
     assert lines[0].startswith("ALARM step 3: layer 0 makes ")
-    assert lines[0].endswith("; lower optim.lr, or freeze the routers (by lora.targets or train.only)")
+    assert lines[0].endswith(
+        "; lower optim.lr, raise train.router_drift_coef, or freeze the routers (by lora.targets or train.only)"
+    )
     assert len(lines) == 2  # a layer each, and not again in step 6
 
 
@@ -150,7 +196,7 @@ def test_divergence_is_that_of_the_distributions():
     mask = torch.tensor([True, False, True, True, False])
     found = router_divergence(list(now), list(base), mask)
     p, q = base.softmax(dim=-1), now.softmax(dim=-1)
-    assert torch.allclose(found, (p * (p / q).log()).sum(dim=-1)[:, mask].sum(dim=-1), rtol=1e-12)
+    assert torch.allclose(found, (p * (p / q).log()).sum(dim=-1)[:, mask].sum(dim=-1), rtol=1e-12, atol=1e-12)
     assert router_divergence(list(base), list(base)).tolist() == [0.0, 0.0]
 
 
@@ -183,6 +229,9 @@ REFUSED = {
     "evaluate.router_drift_tokens=99": "evaluate.router_drift_tokens=99 is of no effect: set model.init_from",
     "evaluate.router_agreement_alarm=0.7": "evaluate.router_agreement_alarm=0.7 is of no effect: set model.init_from",
     "BASE train.only=lm_head.weight evaluate.router_agreement_alarm=0.7": "no weight is trained that routing hangs on",
+    "train.router_drift_coef=0.1": "train.router_drift_coef=0.1 .*set model.init_from",
+    "BASE train.router_drift_coef=0.1 lora.rank=4": "train.router_drift_coef=0.1 .*add gate to lora.targets",
+    "BASE train.router_drift_coef=0.1 train.only=attention": "train.router_drift_coef=0.1 .*add router to train.only",
     "BASE evaluate.router_drift_tokens=0 evaluate.router_agreement_alarm=0.7": "set evaluate.router_drift_tokens",
 }
 
@@ -190,8 +239,9 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_key_without_effect_is_refused(base, words):
     given = [word.replace("BASE", f"model.init_from={base}") for word in words.split()]
-    with pytest.raises(ConfigError, match=REFUSED[words]):
+    with pytest.raises(ConfigError, match=REFUSED[words]) as caught:
         check_training(compose([*FREE, *given]).config)
+    assert caught.value.code == 2
 
 
 def test_a_run_from_nothing_has_no_such_figures(base):

@@ -4,6 +4,7 @@ The reductions are the test's own: each simulated process computes its parts, an
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from datasets import Dataset
 
 from mixtral.losses import load_balancing_loss, pooled_load_balancing_loss, router_statistics
 from mixtral.ops.cross_entropy import IGNORE_INDEX
+from train.config import Config
 from train.data.packing import PackedRows, stack
+from train.drift import Drift
 from train.objective import Coefficients, Parts, StepSize, objective_parts, predict
 
 ROWS = 8
@@ -35,8 +38,11 @@ def rows_of(batch, indices):
     return type(batch)(*(tensor[list(indices)] for tensor in batch))
 
 
-def step(model, batch, world, accumulation, coefficients, load=None):
-    """Simulates a step of `world` processes; returns its total parts, its loss and every gradient."""
+def step(model, batch, world, accumulation, coefficients, load=None, base=None):
+    """Simulates a step of `world` processes; returns its total parts, its loss and every gradient.
+
+    `base` gives what a base's routers say of the last pass; its passes are those of training.
+    """
     model.zero_grad()
     load = torch.linspace(0.1, 0.6, 24, dtype=torch.float64).view(3, 8) if load is None else load
     size = StepSize(
@@ -51,7 +57,10 @@ def step(model, batch, world, accumulation, coefficients, load=None):
             rows_of(batch, range(start, start + width))
             for start in range(micro_step * world * width, (micro_step + 1) * world * width, width)
         ]
-        outputs = [predict(model, share, size.trained_tokens, routing=True) for share in shares]
+        outputs, asked = [], []
+        for share in shares:
+            outputs.append(predict(model, share, size.trained_tokens, routing=True))
+            asked.append(base() if base else None)
         loads = []  # what an all-reduce would have given: first gathered, then handed back
 
         def gather(load, loads=loads):
@@ -61,8 +70,8 @@ def step(model, batch, world, accumulation, coefficients, load=None):
         for share, output in zip(shares, outputs, strict=True):
             objective_parts(output, share, size, gather, coefficients, load)
         total = sum(loads) if loads else None
-        for share, output in zip(shares, outputs, strict=True):
-            part = objective_parts(output, share, size, lambda _, total=total: total, coefficients, load)
+        for share, output, said in zip(shares, outputs, asked, strict=True):
+            part = objective_parts(output, share, size, lambda _, total=total: total, coefficients, load, said)
             part.loss(coefficients).backward(retain_graph=True)
             loss += part.loss(coefficients).item()
             parts.append(part.detached())
@@ -254,3 +263,90 @@ def test_parts_add_up_in_any_order(make_model, step_rows):
     for total in totals[1:]:
         for mine, other in zip(total.tensors(), totals[0].tensors(), strict=True):
             assert torch.allclose(mine, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.fixture
+def drifting(make_model):
+    """Builds a model whose routers moved, with what the drift's own hooks hear of those that it began with."""
+
+    def make(by=0.3):
+        model = make_model(torch.float64).train()
+        config = Config()
+        config.model.init_from, config.train.router_drift_coef, config.evaluate.router_drift_tokens = "base", 1.0, 0
+        engine = SimpleNamespace(
+            module=model,
+            rank=0,
+            world_size=1,
+            local=lambda _, names: ((name, one.detach()) for name, one in model.named_parameters() if name in names),
+        )
+        drift = Drift(engine, config, None)
+        weights = [layer.mlp.gate.weight.detach().clone() for layer in model.model.layers]
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.gate.weight += by * torch.randn_like(layer.mlp.gate.weight)
+        return model, drift.base_logits, weights
+
+    return make
+
+
+DRIFT_ALONE = Coefficients(0.0, 0.0, "document", router_drift=0.7)
+
+
+def test_the_drift_and_its_gradient_are_those_of_a_plain_computation(drifting, step_rows):
+    model, base, weights = drifting()
+    entering = []
+    hooks = [
+        layer.mlp.gate.register_forward_pre_hook(lambda _, x: entering.append(x[0])) for layer in model.model.layers
+    ]
+    total, loss, gradients = step(model, step_rows, 1, 1, DRIFT_ALONE, base=base)
+    entering.clear()
+    model.zero_grad()
+    output = predict(model, step_rows, (step_rows.shifted_labels != IGNORE_INDEX).sum())
+    mask = step_rows.token_mask.flatten()
+    per_layer = []
+    for x_TH, weight_EH, layer in zip(entering, weights, model.model.layers, strict=True):
+        then = (x_TH.detach() @ weight_EH.T).softmax(dim=-1)
+        now = (x_TH @ layer.mlp.gate.weight.T).softmax(dim=-1)
+        per_layer.append((then * (then / now).log()).sum(dim=-1)[mask].mean())
+    expected = sum(per_layer) / len(per_layer)
+    (output.loss + 0.7 * expected).backward()
+    assert total.router_drift.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert loss == pytest.approx((output.loss + 0.7 * expected).item(), rel=1e-10)
+    assert expected.item() > 1e-2
+    for name, parameter in model.named_parameters():
+        assert (gradients[name] - parameter.grad).norm() <= 1e-10 * parameter.grad.norm(), name
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("world", "accumulation"), SPLITS + ACCUMULATED)
+def test_the_drift_does_not_depend_on_the_split(drifting, step_rows, world, accumulation):
+    model, base, _ = drifting()
+    whole = step(model, step_rows, 1, 1, DRIFT_ALONE, base=base)
+    mine = step(model, step_rows, world, accumulation, DRIFT_ALONE, base=base)
+    assert_same(mine, whole)
+    assert mine[0].router_drift.item() == pytest.approx(whole[0].router_drift.item(), rel=1e-10)
+
+
+def test_padding_does_not_drift(drifting, step_rows):
+    model, base, _ = drifting()
+    padded = type(step_rows)(*(tensor.clone() for tensor in step_rows))
+    padded.input_ids[~padded.token_mask] = 77
+    whole = step(model, step_rows, 1, 1, DRIFT_ALONE, base=base)
+    assert_same(step(model, padded, 2, 2, DRIFT_ALONE, base=base), whole)
+
+
+def test_the_drift_is_zero_at_the_start_and_changes_no_gradient(drifting, step_rows):
+    model, base, _ = drifting(by=0.0)
+    held = step(model, step_rows, 1, 1, DRIFT_ALONE, base=base)
+    free = step(model, step_rows, 1, 1, DRIFT_ALONE)
+    assert held[0].router_drift.item() == 0.0
+    assert free[0].router_drift is None
+    assert_same(held, free)
+
+
+def test_the_drift_is_the_same_where_layers_are_computed_again(drifting, step_rows):
+    model, base, _ = drifting()
+    kept = step(model, step_rows, 1, 2, DRIFT_ALONE, base=base)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(step(model, step_rows, 1, 2, DRIFT_ALONE, base=base), kept)

@@ -40,7 +40,7 @@ class CollapseAlarm:
 def against_drift(config: Config) -> str:
     """Says what to do in a run whose routing moves too far."""
     if router_is_trained(config):
-        return "lower optim.lr, or freeze the routers (by lora.targets or train.only)"
+        return "lower optim.lr, raise train.router_drift_coef, or freeze the routers (by lora.targets or train.only)"
     return "lower optim.lr, or train less of what comes before the routers (by lora.targets or train.only)"
 
 
