@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_choice_of_every_group_composes():
     choices = [(group, choice) for group, names in groups().items() for choice in names]
-    assert len(choices) == 15
+    assert len(choices) == 24
     assert len(list(conf_folder().glob("*/*.yaml"))) == len(choices)
     assert {path.name for path in conf_folder().glob("*.yaml")} == {"config.yaml", "hardware.yaml"}
     for group, choice in choices:
