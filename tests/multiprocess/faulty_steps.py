@@ -14,7 +14,7 @@ import torch
 import train.loop
 from mixtral.weights.names import unwrapped
 from tests.multiprocess.many_runs import run, stay_together
-from train.guard import Skip
+from train.guard import Guard, Skip
 
 HIT = {
     "gradient": "model.norm.weight",
@@ -74,7 +74,7 @@ def watched_step(engine, *inputs):
         engine.faults = lambda: faults_of_another_sum(engine)
     if kind.startswith("flip "):
         engine.faults = lambda: faults_beside_a_flipped_bit(engine, kind.removeprefix("flip "))
-    guard = inputs[-1]
+    (guard,) = (one for one in inputs if isinstance(one, Guard))
     if kind == "spike":  # a gradient like any other
         guard.judge = lambda *_: Skip("the loss is a spike", (0, 1))
     result = train_step(engine, *inputs)

@@ -75,7 +75,8 @@ def test_two_processes_go_on_bit_by_bit_after_two_deaths_in_every_layout(tmp_pat
         assert_same(died, uninterrupted)
         assert [row["step"] for row in metrics(died)] == list(range(9))
         steps = re.findall(f"goes on after step ([0-9]+) from {died}/", said)
-        assert steps == ["3", "6"] or (died == names[BESIDE][1] and steps == ["3", "3"])  # what was not yet written
+        not_yet_written = died == names[BESIDE][1] and steps in ([], ["3"], ["3", "3"])
+        assert steps == ["3", "6"] or not_yet_written
 
 
 def test_the_transitions_cover_every_pair_of_processes_experts_zero_and_precision():
