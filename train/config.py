@@ -292,6 +292,12 @@ class TrainConfig:
         "flipped bit ends the run with code 5, naming tensor and process; null makes none",
         minimum=1,
     )
+    hang_seconds: float | None = key(
+        1800.0,
+        "of several processes, how long none of them may get on in training (no forward pass, collective or part of a "
+        "file) before they end with code 6 and name the one that hangs; null leaves it to the collectives' two hours",
+        above=0,
+    )
 
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}  # what an optimizer keeps of each element it updates

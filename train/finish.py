@@ -32,6 +32,7 @@ def finish(
 ) -> None:
     """Writes `summary.json` and `export/`, then prints a sample. Every process takes part; the main one writes."""
     observer.end_of_training()
+    engine.watchdog.enter("the export")
     summary = summarise(observer, data)
     if folder:
         described = {"metric": best.metric, "step": best.step, "value": best.value}

@@ -200,9 +200,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a file whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.path / name)
+        _write_json(self.path / name, content)
 
     def open_metrics(self) -> IO[str]:
         """Opens `metrics.jsonl` for further lines."""
@@ -255,8 +253,19 @@ class RunFolder:
 
     def close(self, reason: str, code: int, message: str) -> None:
         """Writes `exit.json` and gives the folder free."""
-        self.write_json("exit.json", {"reason": reason, "code": code, "message": message})
+        write_exit(self.path, reason, code, message)
         self._lock.close()
+
+
+def write_exit(folder: Path, reason: str, code: int, message: str) -> None:
+    """Writes `exit.json`: the owner of a folder's lock does, or another of its processes where that one hangs."""
+    _write_json(folder / "exit.json", {"reason": reason, "code": code, "message": message})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _version(package: str) -> str | None:

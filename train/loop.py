@@ -3,8 +3,9 @@
 import contextlib
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from train.optim import learning_rate
 from train.parallel.engine import Engine
 from train.parallel.exchange import Traffic
 from train.parallel.replicas import Replicas
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ def train(
             if ending:
                 break
             started = time.perf_counter()
-            micro_batches = next(steps)
-            waited = time.perf_counter() - started
+            is_read_up_to = data.rows is None and step == checkpoints.step + 1  # a stream, which may take long
+            micro_batches, waited = next_batches(engine, steps, step, limited=not is_read_up_to)
             lr = learning_rate(step, max_steps, config.optim.lr, config.schedule)
             result = train_step(engine, micro_batches, lr, coefficients, balance.load_LE, guard, evaluations.drift)
             balance.follow(result.load, steps_left=max_steps - step)
@@ -137,8 +140,19 @@ def train(
                 raise Preempted(f"stopped by SIGTERM after step {step}, which is saved", signal.SIGTERM)
 
 
+def next_batches(engine: Engine, steps: Iterator[T], step: int, *, limited: bool) -> tuple[T, float]:
+    """Takes this process's micro-batches of a step; says how many seconds it waited for them."""
+    engine.watchdog.enter("waiting for data", step, limited=limited)
+    started = time.perf_counter()
+    micro_batches = next(steps)
+    waited = time.perf_counter() - started
+    engine.watchdog.enter("a training step")
+    return micro_batches, waited
+
+
 def evaluate_first(step: int, observer: Observer, evaluations: Evaluations) -> bool:
     """Evaluates what the run begins with, or the step it left to be evaluated; says whether it is over already."""
+    evaluations.engine.watchdog.enter("an evaluation", step)
     if step == 0:
         observer.log(0, evaluations.figures())
     elif observer.postponed:

@@ -25,14 +25,14 @@ Work = Callable[[Engine, RunFolder | None, Config], str]
 
 def run(composed: Composed, work: Work | None = None, *, in_folder: bool = True) -> int:
     """Does a verb's work, by default training; returns the exit code, as `exit.json` has it."""
-    engine, folder = None, None
-    outcome = ("crash", 1, "ended without an error of its own")
+    engine, folder, outcome = None, None, ("crash", 1, "ended without an error of its own")
     with signals_as_errors():
         try:
             quiet_libraries()
             engine = open_engine(composed.config)
-            folder = choose_folder(engine, composed) if in_folder else None
-            outcome = ("done", 0, (work or training)(engine, folder, composed.config))
+            with engine.watchdog:
+                folder = choose_folder(engine, composed) if in_folder else None
+                outcome = ("done", 0, (work or training)(engine, folder, composed.config))
         except (UserError, StopSignal) as error:
             outcome = (error.reason, error.code, str(error))
             report(error, met=engine is not None)

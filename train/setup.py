@@ -84,6 +84,7 @@ def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
         return str(folder.path)
 
     composed.config.run.dir = engine.on_main(open_folder)
+    engine.watchdog.start(Path(composed.config.run.dir))
     return opened[0] if opened else None
 
 

@@ -44,6 +44,8 @@ NAMES = {
     "which weights are whole at ZeRO-3": (partition_parameters, "ZeroParamStatus"),
     "kernels that need no compiler": (deepspeed.ops, "__compatible_ops__"),
     "a timeout after the meeting": (dist.distributed_c10d, "_set_pg_timeout"),
+    "the groups whose collectives the watchdog counts": (dist.distributed_c10d, "_world"),
+    "how many collectives a process has begun": (dist.ProcessGroup, "_get_sequence_number_for_group"),
 }
 
 

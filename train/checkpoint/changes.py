@@ -12,7 +12,7 @@ from train.errors import ConfigError
 ALLOWED = (
     *("run.dir", "run.plots", "train.max_steps", "train.epochs", "train.log_every", "data.workers", "lora.format"),
     *("train.recompute", "train.max_skipped_steps", "train.spike_zscore", "train.on_spike"),
-    "train.check_replicas_every",
+    *("train.check_replicas_every", "train.hang_seconds"),
     *("train.micro_batch_size", "train.gradient_accumulation_steps"),  # as long as a step has as many rows
     *("parallel.expert", "parallel.zero", "parallel.offload_*", "parallel.persistent_elements"),
     *("parallel.meeting_seconds", "evaluate.*", "generate.*", "checkpoint.*", "tracker.*", "verify.*", "plan.*"),

@@ -246,6 +246,7 @@ class Checkpoints:
         Raises:
             MachineError: on every process, when it cannot be written; those before are untouched then.
         """
+        self._engine.watchdog.enter("a checkpoint", step)
         self.finish()
         target, latest = self._root / folder_name(step), self._root / "latest"
         if not self._engine.on_main(lambda: target.exists() and read_name(latest) == target.name):
@@ -279,7 +280,8 @@ class Checkpoints:
         random = engine.gather(_random(engine.device))
         state = self._describe(step, random) if self._folder else None
         slices = [item.copy() for item in engine.state.owned()] if beside else list(engine.state.owned())
-        written = run_beside(lambda: write_slices(partial / file_name(engine.rank), slices), beside=beside)
+        file, beat = partial / file_name(engine.rank), engine.watchdog.beat
+        written = run_beside(lambda: write_slices(file, slices, beat), beside=beside)
         return Pending(step, partial, target, state, written)
 
     def finish(self) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _KEY = re.compile(r"(\w+)/([\w.]+)\[(\d+):(\d+)\]")
 
 
-def write_slices(path: Path, slices: Iterable[Slice]) -> Written:
+def write_slices(path: Path, slices: Iterable[Slice], beat: Callable[[], None]) -> Written:
     """Writes slices into a new safetensors file, under `KIND/NAME[START:STOP]`, and reads it back.
 
     No more than a chunk of them is copied at a time.
@@ -25,6 +25,7 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> Written:
     Args:
         path: of the file.
         slices: of any device.
+        beat: is called before each chunk.
 
     Raises:
         OSError: when the disk does not take them.
@@ -44,6 +45,7 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> Written:
         yield memoryview(text)
         for item in items:
             for chunk in item.values.split(CHUNK_BYTES // item.values.element_size()):
+                beat()
                 yield memoryview(chunk.cpu().view(torch.uint8).numpy().data)
 
     return write_durably(path, parts(), read_back=True)

@@ -20,6 +20,7 @@ from train.parallel.exchange import Traffic
 from train.parallel.launcher import number_of_processes
 from train.parallel.meeting import meet
 from train.parallel.state import EngineState
+from train.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ class Engine(ABC):
         expert_ranks: over how many consecutive processes each layer's experts are split.
         module: the model itself, with this rank's experts; `model` is the same, wrapped for training.
         state: what training changes, by logical name.
+        watchdog: is told how the work gets on.
     """
 
     module: Model
@@ -72,6 +74,7 @@ class Engine(ABC):
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
+        self.watchdog = Watchdog(self.rank, self.world_size, config.train.hang_seconds)
 
     @property
     def is_main(self) -> bool:
@@ -113,11 +116,14 @@ class Engine(ABC):
             last: whether the optimizer step follows; the gradient is then that of all processes.
         """
 
-    def look_at_gradients(self, model: nn.Module) -> None:
+    def look_at(self, model: nn.Module) -> None:
         """Has what this process computes of the gradient looked at before that of others is added to it.
+
+        The watchdog hears of each pass.
 
         Must be called before an engine wraps the model, or its own hooks come first.
         """
+        self.watchdog.attend(model)
         self._seen = torch.zeros((), device=self.device)
         for parameter in trained_parameters(model).values():
             parameter.register_post_accumulate_grad_hook(self._look)
@@ -185,6 +191,7 @@ class Engine(ABC):
     def whole(self, local: Iterable[tuple[str, Tensor]]) -> Iterator[Piece]:
         """Yields whole what each process holds with its own experts alone; every process must go through it."""
         for name, values in local:
+            self.watchdog.beat()
             if not is_stacked(name):
                 yield Piece(name, None, values if self.is_main else None)
                 continue
@@ -198,8 +205,10 @@ class Engine(ABC):
         if owner > 0 and self.is_main:
             mine = torch.empty_like(mine)
             dist.recv(mine, src=owner)
+            self.watchdog.transferred()
         elif owner > 0 and self.rank == owner:
             dist.send(mine.contiguous(), dst=0)
+            self.watchdog.transferred()
         return mine
 
     def place(self, batch: AnyBatch) -> AnyBatch:

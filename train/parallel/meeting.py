@@ -93,7 +93,8 @@ def _open_store(processes: int, patience: float) -> dist.Store:
             wait_for_workers=False,
             master_listen_fd=listener.detach() if listener else None,
         )
-    attempt = dist.PrefixStore(f"cierzo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt = _of_this_attempt(store)
+    attempt.set(report_key(rank), "")
     attempt.set(f"here/{rank}", json.dumps(_describe_host()))
     attempt.add("arrived", 1)
     if rank == 0:
@@ -105,6 +106,31 @@ def _open_store(processes: int, patience: float) -> dist.Store:
         time.sleep(GRACE_SECONDS * (rank == 0))  # the others read it, before the store goes
         raise MachineError(trouble)
     return attempt
+
+
+def report_key(rank: int) -> str:
+    """Names what a process reports of itself in the store; it is there, if empty, once all have met."""
+    return f"report/{rank}"
+
+
+def connect_again(seconds: float) -> dist.Store:
+    """Opens a connection of its own to where the processes met: what waits on it holds up no collective, nor it that.
+
+    Args:
+        seconds: that an answer may take.
+
+    Raises:
+        RuntimeError: when nothing answers.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    patience = datetime.timedelta(seconds=seconds)
+    store = dist.TCPStore(host, port, is_master=False, timeout=patience, wait_for_workers=False)
+    return _of_this_attempt(store)
+
+
+def _of_this_attempt(store: dist.Store) -> dist.Store:
+    """The part of a store that no attempt before has written into."""
+    return dist.PrefixStore(f"cierzo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _describe_host() -> tuple[str, str | None]:

@@ -41,7 +41,7 @@ class ReplicatedEngine(Engine):
         for _ in fill(model, weights(self.experts(model.config.num_local_experts)), self.dtype):
             pass
         model.to(self.device)
-        self.look_at_gradients(model)
+        self.look_at(model)
         self._norm: Tensor | None = None
         self._masters = MasterWeights(model) if self.dtype is torch.bfloat16 else None
         parameters = trained_parameters(model) if self._masters is None else self._masters.by_name

@@ -72,7 +72,7 @@ class ZeroEngine(Engine):
             named = [{"name": f"group-{index}"} | group for index, group in enumerate(optimizer.param_groups)]
             split = split_params_into_different_moe_groups_for_optimizer(named)
             optimizer.param_groups = [group for group in split if group["params"]]
-        self.look_at_gradients(model)
+        self.look_at(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.module = self.model.module
         wholes = whole_parameters(self.module, self.rank, self.expert_ranks)
