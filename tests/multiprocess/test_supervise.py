@@ -30,13 +30,14 @@ def children(pid):
     return below + [grandchild for child in below for grandchild in children(child)]
 
 
-def test_a_supervised_run_is_killed_and_ends_as_the_one_that_was_not(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus.jsonl")
-    words = [f"data.path={corpus}", "train.max_steps=200", "checkpoint.every=20", "train.log_every=10"]
-    words += ["evaluate.sample_tokens=0"]
-    assert run_small(tmp_path / "whole", *words) == 0
-    folder = tmp_path / "killed"
-    environment = os.environ | {"PROCESSES": "1", "OMP_NUM_THREADS": "1", "RESTARTS": "2"}
+def rank_of(pid):
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(one.removeprefix(b"RANK=")) for one in environment if one.startswith(b"RANK=")), None)
+
+
+def supervise(folder, processes, step, number, *words):
+    """Supervises a run, signals its last process once a step is saved, and returns what was said up to its end."""
+    environment = os.environ | {"PROCESSES": str(processes), "OMP_NUM_THREADS": "1", "RESTARTS": "2"}
     environment["PATH"] = f"{sysconfig.get_path('scripts')}:{environment['PATH']}"
     process = subprocess.Popen(
         ["bash", ROOT / "launch/supervise.sh", *SMALL, *words, f"run.dir={folder}"],
@@ -48,19 +49,39 @@ def test_a_supervised_run_is_killed_and_ends_as_the_one_that_was_not(tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while (read_name(folder / "checkpoints" / "latest") or "") < "step-00000040":
+        while (read_name(folder / "checkpoints" / "latest") or "") < f"step-{step:08d}":
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        (last,) = [pid for pid in children(process.pid) if rank_of(pid) == processes - 1]
+        os.kill(last, number)
         said = process.communicate(timeout=200)
     finally:
         kill_group(process)
     assert process.returncode == 0, said
     assert "starts again, at most 1 times more" in said[1]
     assert "goes on after step" in said[0]
-    names = ("step", "loss", "grad_norm", "tokens")
-    runs = [[[row.get(name) for name in names] for row in metrics(run)] for run in (tmp_path / "whole", folder)]
+    return said
+
+
+def test_a_supervised_run_is_killed_and_ends_as_the_one_that_was_not(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    words = [f"data.path={corpus}", "train.max_steps=200", "checkpoint.every=20", "train.log_every=10"]
+    words += ["evaluate.sample_tokens=0"]
+    assert run_small(tmp_path / "whole", *words) == 0
+    supervise(tmp_path / "killed", 1, 40, signal.SIGKILL, *words)
+    names, folders = ("step", "loss", "grad_norm", "tokens"), (tmp_path / "whole", tmp_path / "killed")
+    runs = [[[row.get(name) for name in names] for row in metrics(run)] for run in folders]
     assert runs[0] == runs[1]
+
+
+def test_a_supervised_run_of_which_a_process_is_stopped_ends_by_itself_and_goes_on(tmp_path):
+    words = [f"data.path={write_corpus(tmp_path / 'corpus.jsonl')}", "train.max_steps=150", "checkpoint.every=20"]
+    words += ["evaluate.sample_tokens=0", "train.hang_seconds=10"]
+    said = supervise(tmp_path / "run", 2, 20, signal.SIGSTOP, *words)
+    assert "no sign of life for 10 s (train.hang_seconds) of process 1 (pid " in said[1]
+    assert "supervise: ended with 6; starts again" in said[1]
+    assert [path.name for path in (tmp_path / "run" / "failures").iterdir()] == ["stacks-rank0.txt"]
+    assert metrics(tmp_path / "run")[-1]["step"] == 150
 
 
 @pytest.mark.parametrize(("code", "times"), [(None, 3), (2, 1), (5, 1), (6, 3), (75, 3)])
