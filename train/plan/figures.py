@@ -10,7 +10,8 @@ from train.plan.memory import Memory, memory_of
 from train.plan.seconds import Step, step_of
 
 ERROR = 0.05
-"""Share by which the memory that is computed and the memory that runs need differ, as bench/plan.py measured."""
+"""Share by which the memory that is computed and the memory that runs need differ at the mean, to a point, as
+bench/README.md records of processors; no GPU was measured."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from train.plan.memory import Memory, memory_of
 
 GB = 1e9
 WORST = 0.12
-"""Share by which this arithmetic was ever too high, as bench/plan.py measured: so much less is not refused."""
+"""So much less is not refused. The arithmetic was at most 2 % too high on processors (bench/README.md); on a GPU it was
+not measured."""
 KNOWN = ("reduction", "step")
 """Moments whose memory does not hang on what layers keep."""
 
