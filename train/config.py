@@ -915,7 +915,7 @@ def check_training(config: Config) -> None:
     _refuse(
         drift > 0 and not router_is_trained(config),
         f"train.router_drift_coef={drift} is of no effect on frozen routers: "
-        + ("add gate to lora.targets" if config.lora.rank > 0 else "add router to train.only"),
+        + (f"set lora.targets={config.lora.targets},gate" if config.lora.rank > 0 else "add router to train.only"),
     )
     evaluate = config.evaluate
     for name in ("router_drift_tokens", "router_agreement_alarm"):

@@ -230,7 +230,7 @@ REFUSED = {
     "evaluate.router_agreement_alarm=0.7": "evaluate.router_agreement_alarm=0.7 is of no effect: set model.init_from",
     "BASE train.only=lm_head.weight evaluate.router_agreement_alarm=0.7": "no weight is trained that routing hangs on",
     "train.router_drift_coef=0.1": "train.router_drift_coef=0.1 .*set model.init_from",
-    "BASE train.router_drift_coef=0.1 lora.rank=4": "train.router_drift_coef=0.1 .*add gate to lora.targets",
+    "BASE train.router_drift_coef=0.1 lora.rank=4 lora.targets=q_proj": "coef=0.1 .*set lora.targets=q_proj,gate",
     "BASE train.router_drift_coef=0.1 train.only=attention": "train.router_drift_coef=0.1 .*add router to train.only",
     "BASE evaluate.router_drift_tokens=0 evaluate.router_agreement_alarm=0.7": "set evaluate.router_drift_tokens",
 }

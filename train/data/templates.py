@@ -143,7 +143,9 @@ class Encoder:
         if not isinstance(prompt, list):
             raise RowError("wrong type", f"the prompt is {prompt!r}, neither a text nor a list of messages")
         if self.template is None:
-            raise RowError("no chat template", "the prompt is a list of messages: set data.chat_template")
+            raise RowError(
+                "no chat template", "the prompt is a list of messages: set data.chat_template, to mixtral or a file"
+            )
         messages, mark = [*chat_to_answer(prompt), {"role": "", "content": more}], ""
         for message in messages:
             refuse_half_characters(message["content"])

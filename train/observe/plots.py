@@ -9,6 +9,8 @@ import numpy as np
 
 from train.folder import RunFolder
 
+FEW = 8  # layers whose lines all have a name
+
 
 def draw(folder: RunFolder) -> None:
     """Draws into `plots/` what metrics.jsonl holds so far.
@@ -136,7 +138,7 @@ def draw_router_drift(rows: list[dict[str, Any]], target: Path) -> None:
         upper.plot(steps, agreement_SL[:, layer], "o-", markersize=3, **_look(layer, layers))
         lower.plot(steps, kl_SL[:, layer], "o-", markersize=3, **_look(layer, layers))
     upper.set_ylabel("choices that are\nstill the base's (share)")
-    upper.set_ylim(top=1.02)
+    upper.set_ylim(top=1.005)
     upper.legend(fontsize=8)
     lower.set_ylabel("KL(base || now)\n(nats per token)")
     lower.set_ylim(bottom=0)
@@ -147,11 +149,11 @@ def draw_router_drift(rows: list[dict[str, Any]], target: Path) -> None:
 
 
 def _look(layer: int, layers: int) -> dict[str, Any]:
-    """Gives a layer's line its colour, by depth, and three of them a name."""
+    """Gives a layer's line its colour, by depth, and a name: all where they are few, else three of them."""
     from matplotlib import colormaps
 
     look = {"color": colormaps["viridis"](0.9 * layer / max(1, layers - 1)), "linewidth": 1.2}
-    return look | ({"label": f"layer {layer}"} if layer in {0, layers // 2, layers - 1} else {})
+    return look | ({"label": f"layer {layer}"} if layers <= FEW or layer in {0, layers // 2, layers - 1} else {})
 
 
 def draw_lengths(lengths: np.ndarray, sequence_length: int, target: Path) -> None:
