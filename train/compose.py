@@ -20,6 +20,8 @@ SECTIONS: dict[str, set[str]] = {section.name: set() for section in dataclasses.
 for _key in keys():
     SECTIONS[_key.name.split(".")[0]].add(_key.name.split(".")[1])
 
+UNNAMED = "DATA"  # what a configuration reads where nothing was named
+
 
 @dataclass(frozen=True)
 class Composed:
@@ -107,7 +109,7 @@ def compose_without_data(words: Sequence[str]) -> Composed:
     except ConfigError as error:
         if not str(error).startswith("data.path is needed"):
             raise
-        return compose([*words, "data.path=DATA"])
+        return compose([*words, f"data.path={UNNAMED}"])
 
 
 def _explicit_keys(words: Sequence[str], recipe: Path | None) -> set[str]:

@@ -367,3 +367,11 @@ def test_a_recipe_fits_the_gpus_that_its_header_names_with_the_state_that_it_say
         assert figures.high.moments["step"][part] / GB == pytest.approx(said[part], abs=0.01)
     adapters = 0.25 if figures.layout.config.lora.rank else 0.0  # which the header leaves out of the weights
     assert said["weights"] - 0.01 < figures.high.moments["step"]["weights"] / GB < said["weights"] + 0.01 + adapters
+
+
+def test_the_command_to_start_it_names_the_data_that_a_plan_does_without(tmp_path, capsys):
+    words = ["recipe=sft_8x7b_lora", "plan.gpus=8"]
+    for number, (given, said) in enumerate((([], "data.path=DATA"), (["data.path=x"], "data.path=x"))):
+        assert main(["plan", *words, *given, f"run.dir={tmp_path / str(number)}"]) == 0
+        command = capsys.readouterr().out.split("to start it:\n")[1].splitlines()[0]
+        assert command == f"  torchrun --nproc_per_node 8 -m train recipe=sft_8x7b_lora {said}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from train.compose import Composed, compose_without_data, recipes
+from train.compose import UNNAMED, Composed, compose_without_data, recipes
 from train.config import Config
 from train.errors import ConfigError, MachineError, UserError, report
 from train.folder import RunFolder, folder_name
@@ -127,6 +127,8 @@ def command(figures: Figures, words: Sequence[str]) -> str:
     """Gives what starts the run on every host."""
     layout, device = figures.layout, figures.device
     kept = shlex.join(word for word in words if not word.startswith(("plan.", "run.dir=")))
+    if layout.config.data.path == UNNAMED and not layout.config.data.sources:
+        kept += f" data.path={UNNAMED}"  # which a plan does without, and the run does not
     hosts = device.hosts(layout.processes)
     each = min(layout.processes, device.per_host) if device.is_gpu else layout.processes
     if layout.processes == 1:
