@@ -18,8 +18,13 @@ from torch import Tensor, nn
 
 from bench.instruments import DEVICE, in_turns, kept_for_backward, machine, median, product_rate, spread, timed
 
-H, I, E, K = 512, 1792, 8, 2  # noqa: E741 as everywhere here
-SIZES = {"hidden_size": H, "intermediate_size": I, "num_local_experts": E, "num_experts_per_tok": K}
+HIDDEN, INNER, EXPERTS, TOP_K = 512, 1792, 8, 2
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+}
 SIDES = ("ours", "eager", "grouped_mm")
 Block = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,7 +37,8 @@ def ours() -> tuple[nn.Module, Block]:
     experts = Experts(MixtralConfig(**SIZES))
 
     def block(x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        return dispatch_local(x_TH, Routing(x_TH[:, :E], weights_TK, experts_TK), experts)  # of logits, only E is read
+        logits_TE = x_TH[:, :EXPERTS]  # only their width is read
+        return dispatch_local(x_TH, Routing(logits_TE, weights_TK, experts_TK), experts)
 
     return experts, block
 
@@ -52,10 +58,10 @@ def measure(side: str, tokens: int, dtype: torch.dtype, repeats: int) -> dict[st
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
         parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.02).to(DEVICE, dtype)
-    x_TH = torch.randn(tokens, H, generator=generator).to(DEVICE, dtype).requires_grad_()
-    chosen_TK, experts_TK = torch.randn(tokens, E, generator=generator).softmax(dim=-1).topk(K)
+    x_TH = torch.randn(tokens, HIDDEN, generator=generator).to(DEVICE, dtype).requires_grad_()
+    chosen_TK, experts_TK = torch.randn(tokens, EXPERTS, generator=generator).softmax(dim=-1).topk(TOP_K)
     weights_TK = (chosen_TK / chosen_TK.sum(dim=-1, keepdim=True)).to(DEVICE).requires_grad_()
-    experts_TK, upstream_TH = experts_TK.to(DEVICE), torch.randn(tokens, H, generator=generator).to(DEVICE, dtype)
+    experts_TK, upstream_TH = experts_TK.to(DEVICE), torch.randn(tokens, HIDDEN, generator=generator).to(DEVICE, dtype)
 
     def run() -> None:
         for tensor in (x_TH, weights_TK, *experts.parameters()):
@@ -67,14 +73,16 @@ def measure(side: str, tokens: int, dtype: torch.dtype, repeats: int) -> dict[st
     del out_TH
     run()
     seconds = [timed(run) for _ in range(repeats)]
-    rows = tokens * K
-    rate = product_rate(((rows, H, 2 * I), (rows, I, H), (2 * I, rows, H), (H, rows, I), (rows, 2 * I, H)), dtype)
+    rows = tokens * TOP_K
+    inward, outward = (rows, HIDDEN, 2 * INNER), (rows, INNER, HIDDEN)
+    gradients = (2 * INNER, rows, HIDDEN), (HIDDEN, rows, INNER), (rows, 2 * INNER, HIDDEN)
+    rate = product_rate((inward, outward, *gradients), dtype)
     assert x_TH.grad is not None
     return {
         "seconds": seconds,
         "kept": kept[0] / tokens,
         "rate": rate,
-        "share": [3 * 2 * 3 * H * I * rows / second / rate for second in seconds],
+        "share": [3 * 2 * 3 * HIDDEN * INNER * rows / second / rate for second in seconds],
         "gradient": x_TH.grad.float().norm().item(),
     }
 
@@ -93,7 +101,8 @@ def main() -> None:
         (tokens,) = options.tokens
         print(json.dumps(measure(options.measure, tokens, getattr(torch, options.dtype), options.repeats)))
         return
-    print(f"H {H}, I {I}, {E} experts, top-{K}, {options.dtype}, {machine()}, {options.rounds} x {options.repeats}")
+    sizes = f"H {HIDDEN}, I {INNER}, {EXPERTS} experts, top-{TOP_K}"
+    print(f"{sizes}, {options.dtype}, {machine()}, {options.rounds} x {options.repeats}")
     rows = []
     for tokens in options.tokens:
         words = ["--tokens", str(tokens), "--repeats", str(options.repeats), "--dtype", options.dtype]

@@ -16,16 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.instruments import DEVICE, PeakMemory, in_turns, machine, median, timed
+from bench.step import SIZES
 
-SIZES = {
-    "vocab_size": 32_000,
-    "hidden_size": 512,
-    "intermediate_size": 1792,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "num_local_experts": 8,
-}
 ROWS, LENGTH, RANK, SCALE = 2, 1024, 16, 2.0
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Step = Callable[[Tensor], Tensor]
