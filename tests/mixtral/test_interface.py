@@ -147,8 +147,9 @@ def test_attentions_are_refused_where_the_backend_never_forms_them(make_model, i
 
 
 @pytest.mark.slow
-def test_flex_attention_equals_eager(make_model):
-    model = make_model(sliding_window=5, initializer_range=0.2).eval()
+@pytest.mark.parametrize("window", [None, 5])
+def test_flex_attention_equals_eager(make_model, window):
+    model = make_model(sliding_window=window, initializer_range=0.2).eval()
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :5] = 0
     inputs = [{"attention_mask": mask}, {"position_ids": torch.cat([torch.arange(7), torch.arange(5)]).expand(2, -1)}]
@@ -215,6 +216,7 @@ def test_checkpointing_changes_neither_gradients_nor_router_logits(make_model, r
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_compiled_model_has_the_same_loss_and_gradients(make_model):
     model = make_model(num_hidden_layers=1, sliding_window=5)
     input_ids = ids()
@@ -223,7 +225,7 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(make_model):
     plain.loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager")  # what a backend makes of the graph is its own affair
+    compiled = torch.compile(model)
     got = compiled(**arguments)
     got.loss.backward()
     assert (got.logits - plain.logits).abs().max() <= 1e-5
