@@ -1,6 +1,6 @@
 """Cross-entropy of a linear head, summed over tokens, with and without forming all logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
-CPU_ROWS = 32
+CPU_BYTES = 4 * 2**20
+"""On a CPU, what is computed of large tensors is computed of so many bytes of them at a time, and stays in the cache."""
 
 
 def reference(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
@@ -60,17 +61,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         accumulate = torch.promote_types(hidden_TH.dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_TH) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=accumulate) if needs_weight else None
+        grad_weight: Tensor | None = None
         total = hidden_TH.new_zeros((), dtype=accumulate)
         buffer = hidden_TH.new_empty(min(chunk, len(hidden_TH)), len(weight_VH))
-        for start in range(0, len(hidden_TH), chunk):
+        for start in range(0, max(1, len(hidden_TH)), chunk):
             rows = slice(start, start + chunk)
             logits = torch.mm(hidden_TH[rows], weight_VH.t(), out=buffer[: len(hidden_TH[rows])])
             total += _to_gradient(logits, labels_T[rows], accumulate, wanted=needs_hidden or needs_weight)
             if grad_hidden is not None:
                 torch.mm(logits, weight_VH, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight += logits.t() @ hidden_TH[rows]
+            if needs_weight:
+                product = logits.t() @ hidden_TH[rows]
+                grad_weight = product.to(accumulate) if grad_weight is None else _add(grad_weight, product)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VH.dtype
         return total
@@ -81,18 +83,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+            scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            for part, out in _in_cache(grad_weight, scaled):
+                out.copy_(part * grad_total)
+            grad_weight = scaled
         return grad_hidden, grad_weight, None, None
 
 
-def _to_gradient(logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype, *, wanted: bool) -> Tensor:
-    """Sums the cross-entropy, computed in a dtype, and puts its gradient, if wanted, in place of the logits.
+def _in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the same rows of some matrices: on a CPU as many as stay in the cache, elsewhere all."""
+    first = tensors[0]
+    rows = max(1, CPU_BYTES // (first.shape[1] * 4)) if first.is_cpu else max(1, len(first))
+    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
-    On a CPU few rows at a time, so that what is computed of them stays in the cache.
-    """
+
+def _add(total: Tensor, product: Tensor) -> Tensor:
+    for part, added in _in_cache(total, product):
+        part += added
+    return total
+
+
+def _to_gradient(logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype, *, wanted: bool) -> Tensor:
+    """Sums the cross-entropy, computed in a dtype, and puts its gradient, if wanted, in place of the logits."""
     total = logits_TV.new_zeros((), dtype=dtype)
-    rows = CPU_ROWS if logits_TV.is_cpu else max(1, len(logits_TV))
-    for logits, labels in zip(logits_TV.split(rows), labels_T.split(rows), strict=True):
+    for logits, labels in _in_cache(logits_TV, labels_T):
         trained = labels != IGNORE_INDEX
         log_probabilities = logits.to(dtype).log_softmax(dim=-1)
         targets = labels.where(trained, 0).unsqueeze(-1)
