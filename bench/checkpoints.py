@@ -2,10 +2,12 @@
 
 usage: python -m bench.checkpoints [--rounds 5] [--dir FOLDER] [--json FILE]
 
-One process trains in fp32 and saves, first waiting, then with `checkpoint.asynchronous`. After every save its file is
-copied on the same disk by `cp` and forced to it, so that saves and copies take turns. The stall is the time in which no
-step is taken because of a checkpoint: the call that saves and, beside training, those that see whether it is complete
-and complete it. A copy of the state to host memory, which beside training is a part of it, is timed besides. Steps that
+One process trains in fp32 and saves, first waiting, then with `checkpoint.asynchronous`. Half-way between two saves the
+last one's file is copied on the same disk by `cp` and forced to it, so that saves and copies take turns, each after the
+same work: what follows another large file at once may find the memory that this one left. The stall is the time in
+which no step is taken because of a checkpoint: the call that saves and, beside training, those that see whether it is
+complete and complete it. The bandwidth is that until a checkpoint has its name; what deletes an older one then is in
+the stall alone. A copy of the state to host memory, which beside training is a part of it, is timed besides. Steps that
 are taken while a file is written share the machine with that: how long they are is said too. Medians, and the spread of
 all rounds. FOLDER must lie on the disk that is meant.
 """
@@ -25,7 +27,7 @@ from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.find import listed
 from train.compose import compose
 
-EVERY = 6  # steps between checkpoints
+EVERY = 8  # steps between checkpoints
 WORDS = (
     *("recipe=pretrain_tiny", "train.precision=fp32", "model.vocab_size=8192", "model.hidden_size=512"),
     *("model.intermediate_size=1024", "model.num_hidden_layers=2", "model.num_attention_heads=8", "tracker=none"),
@@ -40,10 +42,11 @@ FIGURES: dict[str, list[float]] = {
 class Timed(Checkpoints):
     """The checkpoints of a run, which note how long everything takes."""
 
-    stall, began, left = 0.0, 0.0, 0.0
+    stall, began, named, left, since = 0.0, 0.0, 0.0, 0.0, 0
 
     def save(self, step: int, **options: Any) -> None:
         self._count_step("step")
+        self.since = 0
         self.began = time.perf_counter()
         super().save(step, **options)
         self.stall = time.perf_counter() - self.began
@@ -58,6 +61,14 @@ class Timed(Checkpoints):
         if pending:
             self._completed()
         self.left = time.perf_counter()
+        self.since += 1
+        if self.since == EVERY // 2 and (saved := listed(self._root)):
+            FIGURES["copy"].append(seconds_of_copy(saved[0][1] / "rank-00000.safetensors"))
+            self.left = 0.0
+
+    def _delete_older(self, newest: Path) -> None:
+        self.named = time.perf_counter()
+        super()._delete_older(newest)
 
     def _count_step(self, kind: str) -> None:
         """Notes what passed since the last call, which is one step; not the first, nor one that a copy disturbed."""
@@ -65,15 +76,13 @@ class Timed(Checkpoints):
             FIGURES[kind].append(time.perf_counter() - self.left)
 
     def _completed(self) -> None:
-        """Notes a checkpoint that is complete, and measures what it is compared with."""
+        """Notes a checkpoint that is complete, and how long copying what it holds takes."""
         self.left = time.perf_counter()
         if self._pending is None:
-            now = self.left
             FIGURES["stall"].append(self.stall)
-            FIGURES["whole"].append(now - self.began)
+            FIGURES["whole"].append(self.named - self.began)
             folder = listed(self._root)[0][1]
             FIGURES["bytes"].append(sum(path.stat().st_size for path in folder.iterdir()))
-            FIGURES["copy"].append(seconds_of_copy(folder / "rank-00000.safetensors"))
             started = time.perf_counter()
             copies = [item.copy() for item in self._engine.state.owned()]
             FIGURES["to memory"].append(time.perf_counter() - started)
@@ -101,8 +110,9 @@ def measure(folder: Path, rounds: int, beside: bool) -> dict[str, list[float]]:
     vars(train.run)["Checkpoints"] = Timed
     words = [f"run.dir={folder}", f"train.max_steps={EVERY * (rounds + 2)}", f"checkpoint.asynchronous={beside}"]
     assert train.run.run(compose([*WORDS, *words])) == 0
-    checkpoints = ("stall", "whole", "to memory", "copy", "bytes")
-    return {name: values[1:-1] if name in checkpoints else values for name, values in FIGURES.items()}
+    checkpoints = ("stall", "whole", "to memory", "bytes")
+    found = {name: values[1:-1] if name in checkpoints else values for name, values in FIGURES.items()}
+    return found | {"copy": found["copy"][1:]}  # none follows the last checkpoint
 
 
 def line(name: str, values: list[float], scale: float = 1.0, unit: str = "s") -> str:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 CPU_BYTES = 4 * 2**20
-"""On a CPU, what is computed of large tensors is computed of so many bytes of them at a time, and stays in the cache."""
+"""On a CPU, what is computed of large tensors is computed of so many bytes at a time, and stays in the cache."""
 
 
 def reference(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:

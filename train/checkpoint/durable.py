@@ -4,15 +4,19 @@ import contextlib
 import hashlib
 import io
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from train.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 22
 EARLY_BYTES = 1 << 26  # the disk begins after so many, rather than once all are there
+UNDER_WAY = 4  # parts that are hashed or read back while more is written
 
 
 class Written(NamedTuple):
@@ -30,12 +34,12 @@ class Written(NamedTuple):
 def write_durably(path: Path, parts: Iterable[memoryview], *, read_back: bool = False) -> Written:
     """Writes a new file and forces it to the disk.
 
-    A thread hashes each part while it is written, and another waits for the disk while more is written and all of it
-    is read back: none of the three holds the interpreter's lock.
+    Beside the thread that writes, one hashes what it writes, one reads that back, and one waits for the disk: none of
+    them holds the interpreter's lock.
 
     Args:
         path: of the file.
-        parts: its content, each in bytes.
+        parts: its content, each in bytes; a few are held at a time.
         read_back: whether what was written is compared with what was meant to be.
 
     Raises:
@@ -43,34 +47,45 @@ def write_durably(path: Path, parts: Iterable[memoryview], *, read_back: bool = 
         CheckpointError: when it is not what is read back.
     """
     digest, size, early = hashlib.sha256(), 0, 0
+    block = memoryview(bytearray(BLOCK_BYTES if read_back else 0))
+    under_way: deque[Future[None]] = deque()
     forced: list[Future[None]] = []
     with (
         naming(path),
-        path.open("xb", buffering=0) as file,
+        path.open("x+b", buffering=0) as file,
         ThreadPoolExecutor(1, "hash") as hashing,
+        ThreadPoolExecutor(1, "back") as reading,
         ThreadPoolExecutor(1, "disk") as disk,
     ):
         for part in parts:
-            hashed = hashing.submit(digest.update, part)
-            size += _put(file, part)
-            hashed.result()
+            under_way.append(hashing.submit(digest.update, part))
+            _put(file, part)
+            if read_back:
+                under_way.append(reading.submit(_compare, file, size, part, block))
+            size += len(part)
             if size - early >= EARLY_BYTES and all(future.done() for future in forced):
                 forced.append(disk.submit(os.fdatasync, file.fileno()))
                 early = size
-        written = Written(size, digest.hexdigest())
+            while len(under_way) > UNDER_WAY:
+                under_way.popleft().result()
         forced.append(disk.submit(os.fsync, file.fileno()))
-        if read_back:
-            check_file(path.parent, path.name, written)
-        for future in forced:
+        for future in (*under_way, *forced):
             future.result()
-    return written
+    return Written(size, digest.hexdigest())
 
 
-def _put(file: io.FileIO, data: memoryview) -> int:
-    left = data
-    while left:
-        left = left[file.write(left) :]
-    return len(data)
+def _put(file: io.FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _compare(file: io.FileIO, start: int, meant: memoryview, block: memoryview) -> None:
+    """Reads back what was written at a place of a file, by way of a block of memory."""
+    while meant:
+        size = os.preadv(file.fileno(), [block[: len(meant)]], start)
+        if size == 0 or not np.array_equal(np.frombuffer(block[:size], "B"), np.frombuffer(meant[:size], "B")):
+            raise CheckpointError(f"{file.name} is damaged: what is read back is not what was written")
+        start, meant = start + size, meant[size:]
 
 
 def check_file(folder: Path, name: str, expected: Written) -> None:

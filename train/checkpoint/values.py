@@ -20,7 +20,7 @@ _KEY = re.compile(r"(\w+)/([\w.]+)\[(\d+):(\d+)\]")
 def write_slices(path: Path, slices: Iterable[Slice], beat: Callable[[], None]) -> Written:
     """Writes slices into a new safetensors file, under `KIND/NAME[START:STOP]`, and reads it back.
 
-    No more than a chunk of them is copied at a time.
+    No more than a few chunks of them are copied at a time.
 
     Args:
         path: of the file.
