@@ -177,7 +177,7 @@ class DataConfig:
     labels: list[str] = key(
         [],
         "names of a classifier's labels, in the order of their numbers; by default those that the training data has, "
-        "sorted, or those of the classifier in model.init_from",
+        "sorted, or those of the classifier in model.init_from; with streaming they are not known unless named",
     )
     text_field: str = key("text", "the column that holds plain text, as data.columns={text: NAME}")
     subset: str | None = key(None, "the hub dataset's configuration")
@@ -716,10 +716,6 @@ def _check_labels(data: DataConfig) -> None:
             f"labels are of no effect with data.format={data.format}: set it to {' | '.join(PROBLEMS)}",
         )
         return
-    _refuse(
-        data.streaming,
-        f"data.streaming=true does not go with data.format={data.format}, whose rows are sorted: leave it out",
-    )
     _refuse(
         bool(data.labels) and data.format == "regression",
         "data.labels names classes, and data.format=regression has none",

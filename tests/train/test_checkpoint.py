@@ -100,11 +100,14 @@ def test_the_best_evaluation_its_export_and_patience_live_through_deaths(tmp_pat
     assert read_export(tmp_path / "died") == read_export(tmp_path / "whole")
 
 
-def test_a_classifier_goes_on_bit_by_bit(tmp_path):
+@pytest.mark.parametrize(
+    "stream", [[], ["data.streaming=true", "data.labels=[rain,sun,wind]", "data.shuffle_buffer=8"]]
+)
+def test_a_classifier_goes_on_bit_by_bit(tmp_path, stream):
     path = tmp_path / "labelled.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in labelled("classification", 40)))
     words = [f"data.path={path}", "data.format=classification", "data.too_long=cut", "data.tokenizer=mixtral"]
-    assert_goes_on_bit_by_bit(tmp_path, [*words, "model.vocab_size=32000"])
+    assert_goes_on_bit_by_bit(tmp_path, [*words, "model.vocab_size=32000", *stream])
 
 
 def read_export(folder):

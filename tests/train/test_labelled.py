@@ -270,7 +270,6 @@ def test_numbers_of_a_csv_and_names_of_a_dataset_are_the_same_classes(tmp_path):
 
 
 REFUSED = {
-    "data.format=classification data.streaming=true": "data.streaming=true does not go with",
     "data.format=regression data.labels=[a,b]": "data.format=regression has none",
     "data.format=classification data.labels=[a,a]": "'a' is there twice",
     "data.labels=[a,b]": "of no effect with data.format=auto",

@@ -6,15 +6,16 @@ are divided among processes and micro-steps: rows that are padded to one length 
 """
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -26,9 +27,10 @@ from train.data.samples import SampleRows
 from train.data.share import Share, evenly
 from train.data.sources import column
 from train.data.templates import Sample
-from train.errors import DataError
+from train.errors import ConfigError, DataError
 
 WINDOW = 8  # steps whose rows are sorted by length together
+SEEN = 1000  # rows of a stream, whose labels are named where none are given
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,11 @@ def labels_of(documents: Dataset, data: DataConfig) -> Labels:
     Raises:
         DataError: where those are no classes.
     """
-    problem = PROBLEMS[data.format]
-    if problem == "regression":
-        return Labels(problem, ("value",))
-    if data.labels:
-        return Labels(problem, tuple(data.labels))
+    problem, given = PROBLEMS[data.format], _given_labels(data)
+    if given is not None:
+        return given
     rows = [json.loads(label) for label in column(documents, "label").unique().to_pylist() if label is not None]
-    found = {one for row in rows for one in (row if isinstance(row, list) else [row])}
+    found = {one for row in rows for one in _several(row)}
     numbers = sorted({int(label) for label in found if _is_number(label)})
     named = sorted(label for label in found if not _is_number(label))
     if len(numbers) + len(named) < (2 if problem == "single_label_classification" else 1):
@@ -101,6 +101,37 @@ def labels_of(documents: Dataset, data: DataConfig) -> Labels:
             "data.labels"
         )
     return Labels(problem, tuple(map(str, numbers or named)))
+
+
+def labels_of_stream(documents: IterableDataset, data: DataConfig) -> Labels:
+    """Gives the labels that `data.labels` names, as it must for a stream, whose labels are not all seen before its end.
+
+    Raises:
+        ConfigError: where it names none, with those of the first documents.
+    """
+    given = _given_labels(data)
+    if given is None:
+        seen = [json.loads(row["label"]) for row in documents.take(SEEN) if row["label"] is not None]
+        found = sorted({str(one) for label in seen for one in _several(label)})
+        names = [name if re.fullmatch(r"[\w -]+", name, re.ASCII) else json.dumps(name) for name in found]
+        raise ConfigError(
+            f"data.path={data.names}: with data.streaming=true it is read while a run trains, so all labels must be "
+            f"named before: set data.labels=[{','.join(names)}], which the first {len(seen):,} rows have, and add "
+            "those that they miss"
+        )
+    return given
+
+
+def _given_labels(data: DataConfig) -> Labels | None:
+    """Gives the labels that need no data to be known."""
+    problem = PROBLEMS[data.format]
+    if problem == "regression":
+        return Labels(problem, ("value",))
+    return Labels(problem, tuple(data.labels)) if data.labels else None
+
+
+def _several(label: Any) -> list[Any]:
+    return label if isinstance(label, list) else [label]
 
 
 def _is_number(label: str | int) -> bool:
@@ -186,6 +217,76 @@ class LabelledBatch(NamedTuple):
 AnyBatch = Batch | LabelledBatch
 
 
+Read = Callable[[int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Pads labelled texts into batches.
+
+    Attributes:
+        labels: what there is to tell apart.
+        padding: id of the token that fills rows up.
+    """
+
+    labels: Labels
+    padding: int
+
+    def divided(self, lengths: np.ndarray, read: Read, share: Share) -> list[LabelledBatch]:
+        """Returns a process's micro-batches of a step; those of a micro-step have one length everywhere.
+
+        Args:
+            lengths: tokens of the step's texts; where they are fewer than its rows, the last rows are padding.
+            read: gives the ids and the target of the text of a row; of this process's alone it is asked.
+            share: of the process.
+        """
+        width = share.world_size * share.micro_batch_size
+        batches = []
+        for rows in share.rows(0):
+            longest = int(lengths[rows.start // width * width :][:width].max(initial=1))
+            texts = [read(row) for row in rows if row < len(lengths)]
+            batches.append(self._batch(texts, share.micro_batch_size, longest))
+        return batches
+
+    def _batch(self, texts: list[tuple[np.ndarray, np.ndarray]], size: int, longest: int) -> LabelledBatch:
+        ids, mask = np.full((size, longest), self.padding, np.int64), np.zeros((size, longest), bool)
+        is_class = self.labels.problem == "single_label_classification"
+        labels = (
+            torch.full((size,), IGNORE_INDEX) if is_class else torch.full((size, len(self.labels.names)), torch.nan)
+        )
+        for row, (text, label) in enumerate(texts):
+            ids[row, : len(text)], mask[row, : len(text)] = text, True
+            target = torch.from_numpy(label.copy())
+            if is_class:
+                labels[row] = int(target[0])
+            elif self.labels.problem == "regression":
+                labels[row] = target
+            else:
+                labels[row] = 0.0
+                labels[row, target.long()] = 1.0
+        positions = torch.arange(longest).expand(size, -1)
+        return LabelledBatch(torch.from_numpy(ids), positions, labels, torch.from_numpy(mask))
+
+
+def arranged(lengths: np.ndarray, size: int, random: np.random.Generator | None) -> np.ndarray:
+    """Orders the texts of a window: each step is sorted by length, and so are they before they are divided into steps.
+
+    Args:
+        lengths: tokens of the texts.
+        size: rows of a step.
+        random: shuffles the window's steps, but for one that is not full; None leaves the texts in their steps.
+
+    Returns:
+        Indices into `lengths`, step after step.
+    """
+    order = np.arange(len(lengths)) if random is None else np.argsort(lengths, kind="stable")
+    steps = [order[start : start + size] for start in range(0, len(order), size)]
+    if random is not None:
+        whole = len(order) // size
+        steps = [*(steps[number] for number in random.permutation(whole)), *steps[whole:]]
+    return np.concatenate([step[np.argsort(lengths[step], kind="stable")] for step in steps] or [order])
+
+
 class LabelledRows(SampleRows):
     """Labelled texts that are at hand: the rows of any step.
 
@@ -199,7 +300,7 @@ class LabelledRows(SampleRows):
 
     def __init__(self, samples: Dataset, sequence_length: int, labels: Labels, padding: int, **options: Any) -> None:
         super().__init__(samples, sequence_length, window=1, **options)
-        self.labels, self._padding = labels, padding
+        self.labels, self._batches = labels, Batches(labels, padding)
         self._targets = TokenTable(samples, "target")
         self._window = lru_cache(maxsize=2)(self._window_of)
 
@@ -255,16 +356,8 @@ class LabelledRows(SampleRows):
         """Returns the samples of the steps of a window, each step sorted by length; fewer where the samples end."""
         first, stop = window * WINDOW * size, (window + 1) * WINDOW * size
         samples = self._between(first, stop if self._end is None else min(stop, self._end))
-        if self.shuffle:
-            samples = samples[np.argsort(self.lengths[samples], kind="stable")]
-        steps = [samples[start : start + size] for start in range(0, len(samples), size)]
-        if self.shuffle:
-            whole = len(samples) // size
-            order = np.random.default_rng((self.seed, window, size)).permutation(whole)
-            steps = [*(steps[number] for number in order), *steps[whole:]]
-        return np.concatenate(
-            [chosen[np.argsort(self.lengths[chosen], kind="stable")] for chosen in steps] or [samples]
-        )
+        random = np.random.default_rng((self.seed, window, size)) if self.shuffle else None
+        return samples[arranged(self.lengths[samples], size, random)]
 
     def _between(self, first: int, stop: int) -> np.ndarray:
         """Returns the samples of rows `first` to `stop`, counted through all epochs."""
@@ -279,31 +372,11 @@ class LabelledRows(SampleRows):
         return np.concatenate(parts)
 
     def _divided(self, samples: np.ndarray, share: Share) -> list[LabelledBatch]:
-        """Returns this process's micro-batches of some samples; those of a micro-step have one length everywhere."""
-        width = share.world_size * share.micro_batch_size
-        batches = []
-        for rows in share.rows(0):
-            together = samples[rows.start // width * width :][:width]
-            longest = int(self.lengths[together].max(initial=1))
-            batches.append(self._batch(samples[rows.start : rows.stop], share.micro_batch_size, longest))
-        return batches
+        """Returns this process's micro-batches of some samples."""
+        lengths = self.lengths[samples]
 
-    def _batch(self, samples: np.ndarray, size: int, longest: int) -> LabelledBatch:
-        ids, mask = np.full((size, longest), self._padding, np.int64), np.zeros((size, longest), bool)
-        is_class = self.labels.problem == "single_label_classification"
-        labels = (
-            torch.full((size,), IGNORE_INDEX) if is_class else torch.full((size, len(self.labels.names)), torch.nan)
-        )
-        for row, sample in enumerate(samples.tolist()):
-            length = int(self.lengths[sample])
-            ids[row, :length], mask[row, :length] = self._ids.read(sample, 0, length), True
-            target = torch.from_numpy(self.target(sample).copy())
-            if is_class:
-                labels[row] = int(target[0])
-            elif self.labels.problem == "regression":
-                labels[row] = target
-            else:
-                labels[row] = 0.0
-                labels[row, target.long()] = 1.0
-        positions = torch.arange(longest).expand(size, -1)
-        return LabelledBatch(torch.from_numpy(ids), positions, labels, torch.from_numpy(mask))
+        def read(row: int) -> tuple[np.ndarray, np.ndarray]:
+            sample = int(samples[row])
+            return self._ids.read(sample, 0, int(lengths[row])), self.target(sample)
+
+        return self._batches.divided(lengths, read, share)

@@ -15,7 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from train.config import PROBLEMS, Config, DataConfig
 from train.data.formats import RowError
-from train.data.labelled import LabelledBatch, LabelledEncoder, LabelledRows, Labels, labels_of
+from train.data.labelled import (
+    Batches,
+    LabelledBatch,
+    LabelledEncoder,
+    LabelledRows,
+    Labels,
+    labels_of,
+    labels_of_stream,
+)
+from train.data.labelled_stream import LabelledStream
 from train.data.packing import Batch, PackedRows, Row, make_row, pack_stream, stack
 from train.data.samples import SampleRows, pack_sample_stream
 from train.data.share import Share, evenly
@@ -29,7 +38,7 @@ from train.data.sources import (
     split_stream,
     usable,
 )
-from train.data.templates import Encoder
+from train.data.templates import Encoder, Sample
 from train.data.tokenized import encode, tokenize
 from train.data.tokenizer import document_ids, give_padding
 from train.errors import DataError
@@ -69,7 +78,7 @@ class Counts:
             tokens=rows.tokens_per_epoch,
             trained_tokens=rows.trained_tokens_per_epoch,
             cut=cut,
-            left_out=Counter(problem.partition(":")[0] for _, problem in problems),
+            left_out=kinds_of(problems),
             fullness=rows.tokens_per_epoch / (rows.rows_per_epoch * rows.sequence_length),
         )
 
@@ -81,6 +90,11 @@ class Counts:
         parts += [f"{count:,} {name}" for name, count in (self.labels or {}).items()][:LISTED_LABELS]
         parts += [f"{self.cut:,} cut"] if self.cut else []
         return ", ".join([*parts, *([f"left out: {', '.join(left_out)}"] if left_out else [])])
+
+
+def kinds_of(problems: list[tuple[str, str]]) -> Counter[str]:
+    """Counts problems by their kind."""
+    return Counter(problem.partition(":")[0] for _, problem in problems)
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,7 @@ class Data:
     """
 
     rows: PackedRows | SampleRows | None
-    stream: Callable[[], Iterator[Row]] | None
+    stream: Callable[[], Iterator[Row]] | LabelledStream | None
     held_out: PackedRows | SampleRows
     held_out_documents: Dataset
     sequence_length: int
@@ -151,6 +165,8 @@ class Data:
         if self.rows is not None:
             return _steps_at_hand(self.rows, share, first)
         assert self.stream is not None
+        if isinstance(self.stream, LabelledStream):
+            return self.stream.steps(share, first)
         return _steps_of_stream(self.stream(), share, first)
 
     def documents(self, share: Share, step: int) -> list[list[str]] | None:
@@ -250,7 +266,8 @@ def pack(
         ConfigError: for chats without a template.
     """
     if config.data.format in PROBLEMS:
-        assert isinstance(training, Dataset)
+        if isinstance(training, IterableDataset):
+            return _pack_labelled_stream(training, held_out, tokenizer, config)
         return _pack_labelled(training, held_out, tokenizer, config)
     are_texts = all(_are_texts(documents) for documents in (training, held_out)) and weights_of(config.data) is None
     data = (_pack_texts if are_texts else _pack_samples)(training, held_out, tokenizer, config)
@@ -316,9 +333,7 @@ def _pack_samples(
     kept = encode(held_out, encoder)
     problems = problems_of(kept)
     refuse(problems, data)
-    held_out = held_out.select(np.flatnonzero(column(kept, "problem").is_null().to_numpy()))
-    if not len(held_out):
-        raise DataError(f"no held-out sample can be used: the first is {problems[0][0]}: {problems[0][1]}")
+    held_out = _usable_samples(held_out, kept, problems)
     held_out_rows = SampleRows(kept, length, window=window, epochs=1)
     if isinstance(training, Dataset):
         encoded = encode(training, encoder)
@@ -338,11 +353,12 @@ def _pack_samples(
         cut = int(column(encoded, "is_cut").to_numpy().sum())
         counts = Counts.of(rows, problems, cut)
         return Data(rows, None, held_out_rows, held_out, length, counts, problems, places=encoded)
-    counts = Counts()
+    counts = Counts(left_out=kinds_of(problems))
 
     def stream() -> Iterator[Row]:
         samples = _stream_samples(_epochs(training, data, seed, counts), encoder, data, counts)
-        return pack_sample_stream(samples, length, window=window, seed=seed, shuffle=data.shuffle)
+        parts = ((sample.ids, sample.trained) for sample in samples)
+        return pack_sample_stream(parts, length, window=window, seed=seed, shuffle=data.shuffle)
 
     return Data(None, stream, held_out_rows, held_out, length, counts, problems)
 
@@ -350,15 +366,14 @@ def _pack_samples(
 def _pack_labelled(training: Dataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> Data:
     """Makes rows of labelled texts, one each."""
     data, length = config.data, config.data.sequence_length
-    labels = labels_of(training, data)
+    labels, padding = labels_of(training, data), give_padding(tokenizer)
     encoder = LabelledEncoder(tokenizer, data, labels)
     encoded, kept = (encode(documents, encoder) for documents in (training, held_out))
     problems = [*problems_of(encoded), *problems_of(kept)]
     refuse(problems, data)
-    held_out = held_out.select(np.flatnonzero(column(kept, "problem").is_null().to_numpy()))
-    if not (len(held_out) and column(encoded, "problem").null_count):
+    held_out = _usable_samples(held_out, kept, problems)
+    if not column(encoded, "problem").null_count:
         raise DataError(f"no sample can be used: the first is {problems[0][0]}: {problems[0][1]}")
-    padding = give_padding(tokenizer)
     rows = LabelledRows(
         encoded,
         length,
@@ -374,6 +389,39 @@ def _pack_labelled(training: Dataset, held_out: Dataset, tokenizer: PreTrainedTo
     counts.fullness, counts.labels = rows.fullness(config.train.micro_batch_size), rows.histogram()
     kept_rows = LabelledRows(kept, length, labels, padding)
     return Data(rows, None, kept_rows, held_out, length, counts, problems, labels, places=encoded)
+
+
+def _pack_labelled_stream(
+    training: IterableDataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Data:
+    """Makes rows of labelled texts, one each, as they come."""
+    data, length, seed = config.data, config.data.sequence_length, config.run.seed
+    labels, padding = labels_of_stream(training, data), give_padding(tokenizer)
+    encoder = LabelledEncoder(tokenizer, data, labels)
+    kept = encode(held_out, encoder)
+    problems = problems_of(kept)
+    refuse(problems, data)
+    held_out = _usable_samples(held_out, kept, problems)
+    counts = Counts(left_out=kinds_of(problems))
+
+    def samples() -> Iterator[Sample]:
+        return _stream_samples(_epochs(training, data, seed, counts), encoder, data, counts)
+
+    stream = LabelledStream(samples, Batches(labels, padding), seed, data.shuffle)
+    kept_rows = LabelledRows(kept, length, labels, padding)
+    return Data(None, stream, kept_rows, held_out, length, counts, problems, labels)
+
+
+def _usable_samples(held_out: Dataset, encoded: Dataset, problems: list[tuple[str, str]]) -> Dataset:
+    """Returns the held-out documents that became samples.
+
+    Raises:
+        DataError: when none did.
+    """
+    kept = held_out.select(np.flatnonzero(column(encoded, "problem").is_null().to_numpy()))
+    if not len(kept):
+        raise DataError(f"no held-out sample can be used: the first is {problems[0][0]}: {problems[0][1]}")
+    return kept
 
 
 def _epochs(documents: IterableDataset, data: DataConfig, seed: int, counts: Counts) -> Iterator[dict[str, Any]]:
@@ -392,8 +440,8 @@ def _epochs(documents: IterableDataset, data: DataConfig, seed: int, counts: Cou
 
 
 def _stream_samples(
-    documents: Iterator[dict[str, Any]], encoder: Encoder, data: DataConfig, counts: Counts
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    documents: Iterator[dict[str, Any]], encoder: Encoder | LabelledEncoder, data: DataConfig, counts: Counts
+) -> Iterator[Sample]:
     """Encodes documents as they come.
 
     Raises:
@@ -406,7 +454,7 @@ def _stream_samples(
                 counts.left_out[str(sample).partition(":")[0]] += 1
             else:
                 counts.cut += sample.is_cut
-                yield sample.ids, sample.trained
+                yield sample
 
 
 def _steps_at_hand(
