@@ -98,13 +98,13 @@ class Drift:
         return cls(engine, config, data) if asked and routing_can_move(config) else None
 
     @torch.no_grad()
-    def figures(self) -> dict[str, list[float]]:
+    def figures(self) -> dict[str, Any]:
         """Compares the model with the base; every process takes part.
 
         Returns:
             Nothing without rows; else `router_agreement`, of each layer the share of tokens' choices of experts that
             are among the base's, and `router_kl`, the mean over tokens of KL(base || now) of the routers'
-            distributions, in nats.
+            distributions, in nats, over `router_drift_tokens` tokens of all processes.
         """
         if not self._rows:
             return {}
@@ -117,7 +117,8 @@ class Drift:
         *figures, tokens = self._engine.sum(torch.stack(sums).sum(dim=0)).tolist()
         figures = [figure / max(1.0, tokens) for figure in figures]
         layers = len(figures) // 2
-        return {"router_agreement": figures[:layers], "router_kl": figures[layers:]}
+        compared = {"router_agreement": figures[:layers], "router_kl": figures[layers:]}
+        return compared | {"router_drift_tokens": int(tokens)}
 
     @torch.no_grad()
     def _routed(self) -> Iterator[Routed]:

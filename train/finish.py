@@ -19,6 +19,7 @@ from train.observe.progress import shown
 from train.parallel.engine import Engine
 
 BEST = "best"  # folder of the run
+DRIFT = ("router_agreement", "router_kl", "router_drift_tokens")
 
 
 def finish(
@@ -106,7 +107,7 @@ def summarise(observer: Observer, data: Data) -> dict[str, Any]:
     """Gathers the figures a run is remembered by."""
     last = observer.last
     evaluated = [name for name in last if name.startswith("eval_")]
-    names = ("loss", *evaluated, "router_loss", "tokens_per_second", "peak_memory_bytes", "skipped_steps")
+    names = ("loss", *evaluated, "router_loss", *DRIFT, "tokens_per_second", "peak_memory_bytes", "skipped_steps")
     return {
         "steps": last["step"],
         "tokens": last["tokens"],

@@ -247,3 +247,14 @@ def test_a_key_without_effect_is_refused(base, words):
 def test_a_run_from_nothing_has_no_such_figures(base):
     assert not any("router_kl" in row for row in metrics(base.parent))
     assert "drift" not in read_json(next((base.parent / "checkpoints").glob("step-*")) / "state.json")["parts"]
+
+
+def test_the_drift_is_on_the_console_and_in_the_summary_with_the_tokens_it_is_of(tmp_path, corpus, base, capsys):
+    last = tune(tmp_path / "run", corpus, base)[-1]
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert all(summary[name] == last[name] for name in ("router_agreement", "router_kl", "router_drift_tokens"))
+    compared = sum(ids.shape[1] for ids in documents(corpus, base))
+    assert summary["router_drift_tokens"] == compared
+    figures = f"router agreement at least {min(last['router_agreement']):.4f}, KL at most {max(last['router_kl']):.4f}"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 6/6")]
+    assert f", {figures}  loss" in line

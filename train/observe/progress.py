@@ -19,6 +19,13 @@ def shown(row: dict[str, Any]) -> str:
     )
 
 
+def drifted(row: dict[str, Any]) -> str:
+    """Writes of the routers' drift, where a row has it, the figures of the layers that moved most, after a comma."""
+    if "router_kl" not in row:
+        return ""
+    return f", router agreement at least {min(row['router_agreement']):.4f}, KL at most {max(row['router_kl']):.4f}"
+
+
 def header(config: Config, model: MixtralConfig, size: str, max_steps: int, processes: int, device: str) -> str:
     """Describes a run in a few aligned lines."""
     plural = f"{processes} process{'es' if processes > 1 else ''}"
@@ -67,7 +74,7 @@ class Progress:
                 f"router {row['router_loss']:.3f}",
                 f"{row['tokens_per_second']:,.0f} tok/s",
             ]
-        held_out = f"held-out loss {row['eval_loss']:.4f}{shown(row)}" if "eval_loss" in row else ""
+        held_out = f"held-out loss {row['eval_loss']:.4f}{shown(row)}{drifted(row)}" if "eval_loss" in row else ""
         if self._bar is not None:
             if parts:
                 self._bar.set_postfix_str(", ".join(parts))
