@@ -133,7 +133,9 @@ def _read_adapter(source: str, *, classifier: bool) -> LoraConfig:
         if rank < 1:
             raise ValueError(f"r={rank}")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"lora.init_from={source}: {path} is no adapter's ({error!r})") from None
+        raise CheckpointError(
+            f"lora.init_from={source}: {path} is no adapter's ({error!r}){_export_of(source)}"
+        ) from None
     if not classifier and described.get("task_type") == "SEQ_CLS":
         raise CheckpointError(
             f"lora.init_from={source} is a classifier's adapter: give its data.format, {', '.join(PROBLEMS)}, or name "
@@ -177,13 +179,24 @@ def _file_of(source: str, name: str, key: str) -> Path:
     return download(source, [name], key) / name
 
 
+def _export_of(source: str) -> str:
+    """Says, of a run's folder, where what it exported is, and by which key it is named; else nothing."""
+    export = Path(source) / "export"
+    for name, key in (("adapter_config.json", "lora.init_from"), ("config.json", "model.init_from")):
+        if (export / name).is_file():
+            return f"; it is a run's folder, whose export is meant perhaps: set {key}={export}"
+    return ""
+
+
 def _read(source: str) -> dict[str, Any]:
     """Reads the `config.json` of a folder, or of a hub id."""
     path = _file_of(source, "config.json", "model.init_from")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"model.init_from={source}: {path} cannot be read ({error})") from None
+        raise CheckpointError(
+            f"model.init_from={source}: {path} cannot be read ({error}){_export_of(source)}"
+        ) from None
     if not isinstance(described, dict) or described.get("model_type") != "mixtral":
         found = described.get("model_type") if isinstance(described, dict) else None
         raise CheckpointError(

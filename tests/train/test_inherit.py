@@ -93,3 +93,16 @@ def test_weights_that_cannot_be_used_end_with_four_and_no_step(weights, tmp_path
     assert "holds a classifier, expected a causal language model" in capsys.readouterr().err
     assert read_json(tmp_path / "classifier" / "exit.json")["reason"] == "checkpoint"
     assert not (tmp_path / "classifier" / "export").exists()
+
+
+@pytest.mark.parametrize(("name", "key"), [("config.json", "model"), ("adapter_config.json", "lora")])
+def test_a_runs_folder_in_place_of_its_export_is_told_where_that_is(weights, tmp_path, name, key):
+    run = tmp_path / "run"
+    (run / "export").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="cannot be read") as plain:
+        inherited(run)
+    assert "export" not in str(plain.value)
+    (run / "export" / name).write_text("{}")
+    for words in ([run], [weights, f"lora.init_from={run}"]):
+        with pytest.raises(CheckpointError, match=f"export is meant perhaps: set {key}.init_from={run}/export$"):
+            inherited(*words)
