@@ -8,7 +8,6 @@ Source: arXiv 2305.14314, section 3: NormalFloat in blocks of 64, whose scales a
 """
 
 import functools
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -38,7 +37,6 @@ def library() -> Any:
     Raises:
         MachineError: when it is not there, or cannot.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # notes on kernels that are not used here
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         from bitsandbytes import functional

@@ -1,6 +1,7 @@
 """What a run needs before its data: quiet libraries, signals as errors, a run folder, the number of steps."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,8 @@ from train.parallel.engine import Engine
 from train.parallel.launcher import number_of_processes
 
 PATIENCE_SECONDS = 10.0
+NOTED_BY = "bitsandbytes.backends.cpu.ops"  # as it is imported, by PEFT too, where the `kernels` package is not
+NOTE = "Failed to load CPU gemm_4bit_forward"  # a kernel that nothing here uses
 
 
 def quiet_libraries() -> None:
@@ -36,10 +39,15 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to guess
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # at DeepSpeed's calls
+    logging.getLogger(NOTED_BY).addFilter(_is_no_note)
     transformers.logging.set_verbosity_error()
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
+
+
+def _is_no_note(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(NOTE)
 
 
 @contextlib.contextmanager
