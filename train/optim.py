@@ -104,6 +104,17 @@ class MasterWeights:
             parameter.copy_(master)
 
 
+def warm_up_warning(max_steps: int, lr: float, config: ScheduleConfig) -> str | None:
+    """Says that a run is over before its warm-up is; None of a run that is not."""
+    if config.warmup_steps < max_steps:
+        return None
+    reached = learning_rate(max_steps, max_steps, lr, config)
+    return (
+        f"WARNING schedule.warmup_steps={config.warmup_steps}, but the run has {max_steps} steps: its learning rate "
+        f"only rises, to {reached:g} of optim.lr={lr:g}; lower schedule.warmup_steps, or give more steps"
+    )
+
+
 def learning_rate(step: int, max_steps: int, peak: float, config: ScheduleConfig) -> float:
     """Gives the learning rate of a step.
 

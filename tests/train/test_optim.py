@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from train.config import OptimConfig, ScheduleConfig
-from train.optim import MasterWeights, build_optimizer, global_norm, learning_rate
+from train.optim import MasterWeights, build_optimizer, global_norm, learning_rate, warm_up_warning
 
 STEPS, WARMUP = 50, 10
 
@@ -84,3 +84,11 @@ def test_the_norm_of_millions_of_gradients_is_exact():
     gradients = [torch.randn(3000, 1001), torch.randn(5), torch.zeros(0), torch.full((2, 2), 3.0)]
     exact = torch.cat([gradient.flatten().double() for gradient in gradients]).norm()
     assert global_norm(gradients).item() == pytest.approx(exact.item(), rel=1e-7)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_warned_of():
+    config = ScheduleConfig(warmup_steps=10)
+    assert warm_up_warning(11, 1e-3, config) is None
+    assert "only rises, to 0.0005 of optim.lr=0.001" in (warm_up_warning(5, 1e-3, config) or "")
+    assert "schedule.warmup_steps=10, but the run has 10 steps" in (warm_up_warning(10, 1e-3, config) or "")
+    assert warm_up_warning(1, 1e-3, ScheduleConfig()) is None
