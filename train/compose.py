@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ SECTIONS: dict[str, set[str]] = {section.name: set() for section in dataclasses.
 for _key in keys():
     SECTIONS[_key.name.split(".")[0]].add(_key.name.split(".")[1])
 
+LISTS = ("lora.targets", "train.only")  # words with commas between, which may be written as a list too
 UNNAMED = "DATA"  # what a configuration reads where nothing was named
 
 
@@ -132,10 +134,13 @@ def _check_words(words: Sequence[str]) -> list[str]:
     from hydra.errors import HydraException
 
     checked = []
-    for word in words:
+    for before, word in pairwise(["", *words]):
         if word.startswith("-") or "=" not in word:
             name, mark, _ = word.partition("=")  # the value may be a secret, meant for another program
-            raise ConfigError(f"{name + mark!r} is not KEY=VALUE; see --help")
+            key, has_value, value = before.partition("=")
+            is_cut = bool(has_value) and (value[-1:] in ("", ",") or value.count("[") > value.count("]"))
+            hint = f"; if it belongs to {key}, write that without spaces or in quotes: '{key}=...'" if is_cut else ""
+            raise ConfigError(f"{name + mark!r} is not KEY=VALUE{hint}; see --help")
         if word.startswith("~"):
             raise ConfigError(f"{word!r}: keys cannot be removed; set a value instead")
         word = word.lstrip("+")
@@ -155,6 +160,9 @@ def _check_words(words: Sequence[str]) -> list[str]:
 def _quoted(word: str) -> str:
     """Quotes the value of a key that holds text, so that no character of it means anything to Hydra."""
     name, _, value = word.partition("=")
+    if name in LISTS and (listed := re.fullmatch(r"\[([^][]*)\]", value)):
+        value = re.sub("[\"' ]", "", listed.group(1))
+        word = f"{name}={value}"
     is_text = any(item.name == name and item.type in (str, str | None) and not item.choices for item in keys())
     plain = re.fullmatch(r"[\w./-]*", value) or (value[:1] in "'\"" and value[:1] == value[-1:])
     if not is_text or (plain and value):
@@ -249,6 +257,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
             _check_key(section, values if isinstance(values, dict) else {}, where)
         for leaf, value in values.items():
             _check_key(f"{section}.{leaf}", value, where)
+            if f"{section}.{leaf}" in LISTS and isinstance(value, list):
+                values[leaf] = ",".join(map(str, value))
     return tree
 
 

@@ -201,3 +201,26 @@ def test_only_the_first_process_speaks():
     command = [sys.executable, "-m", "train", "train.max_step=3"]
     done = subprocess.run(command, capture_output=True, text=True, env={"RANK": "1"}, cwd=ROOT, timeout=30)
     assert (done.returncode, done.stdout + done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize("key", ["lora.targets", "train.only"])
+@pytest.mark.parametrize("value", ["[norms,gate]", "[norms, gate]", "['norms', \"gate\"]", "norms,gate"])
+def test_words_may_be_a_list(key, value, tmp_path):
+    words = {"lora.targets": "q_proj,gate", "train.only": "norms,router"}[key]
+    first, second = words.split(",")
+    value = value.replace("norms", first).replace("gate", second)
+    section, leaf = key.split(".")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{section}:\n  {leaf}: {value}\n")
+    more = ["lora.rank=2"] if section == "lora" else []
+    for given in ([f"{key}={value}"], [f"recipe={path}"]):
+        base = ["data.path=a", "train.max_steps=1"] if given[0].startswith("recipe") else ["recipe=demo"]
+        assert getattr(getattr(compose([*base, *more, *given]).config, section), leaf) == words
+
+
+@pytest.mark.parametrize("words", [["lora.targets=[q_proj,", "v_proj]"], ["lora.targets=", "q_proj"]])
+def test_a_value_that_the_shell_divided_is_told_apart_from_a_word_of_its_own(words):
+    with pytest.raises(ConfigError, match=r"if it belongs to lora.targets, write that without spaces or in quotes"):
+        compose(["recipe=demo", *words])
+    with pytest.raises(ConfigError, match="'stray' is not KEY=VALUE; see --help"):
+        compose(["recipe=demo", "stray"])
