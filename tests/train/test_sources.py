@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -195,3 +196,23 @@ def test_suffixes_are_known_in_capitals_too(tmp_path):
 def test_the_errors_tell_data_from_machine():
     assert (DataError.code, MachineError.code) == (3, 6)
     assert json.dumps(DataError("x").reason) == '"data"'
+
+
+@pytest.mark.parametrize(
+    ("text", "ways"),
+    [
+        ("a", "name other documents"),
+        ("abcd" + " " * 6, "name other documents"),
+        ("a b" + " ", "set it between 0.5 and 0.5, or name"),
+        ("ab" * 40 + " " * 20, "set it between 0.21 and 0.5, or name"),
+    ],
+)
+def test_a_text_too_short_to_divide_is_told_by_which_key_it_could_be(tmp_path, text, ways):
+    (tmp_path / "a.txt").write_text(text)
+    documents = load_documents(DataConfig(path=str(tmp_path / "a.txt")))
+    found = f"too short for data.held_out_fraction=0.01 to divide: {ways}"
+    with pytest.raises(DataError, match=re.escape(found)):
+        split_documents(documents, 0.01, 5)
+    if ways.startswith("set"):
+        least = float(ways.split()[3])
+        assert all(part["text"][0].strip() for part in split_documents(documents, least, 5))

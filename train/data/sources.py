@@ -7,6 +7,7 @@ A document is a text file, a source file of the interpreter, or a row of a file 
 import hashlib
 import inspect
 import json
+import math
 import os
 import pydoc_data.topics
 import sys
@@ -208,11 +209,22 @@ def _split_text(row: dict[str, Any], fraction: float) -> tuple[Dataset, Dataset]
     text = row["text"]
     cut = min(max(1, round(len(text) * (1 - fraction))), len(text) - 1)
     if not (cut > 0 and text[:cut].strip() and text[cut:].strip()):
-        raise DataError(f"{row['source']}: too short to hold out any of it")
+        raise DataError(
+            f"{row['source']}: too short for data.held_out_fraction={fraction} to divide: {_ways_out(text)}"
+        )
     training, held_out = (
         Dataset.from_list([row | {"text": part}], features=FEATURES) for part in (text[:cut], text[cut:])
     )
     return training, held_out
+
+
+def _ways_out(text: str) -> str:
+    """Says by what fractions a text is divided into two that hold something, and what else there is to do."""
+    filled = [index for index, character in enumerate(text) if not character.isspace()]
+    least = math.ceil(100 * (1 - filled[-1] / len(text))) / 100
+    most = min(0.5, math.floor(100 * (1 - (filled[0] + 1) / len(text))) / 100)
+    between = f"set it between {least:g} and {most:g}, or " if 0 < least <= most else ""
+    return f"{between}name other documents in data.held_out_path"
 
 
 def _open(source: SourceConfig, part: int, config: DataConfig) -> Dataset | IterableDataset:
