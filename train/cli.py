@@ -1,7 +1,11 @@
 """The command line: `cierzo VERB ...`, `python -m train ...`. Words in, exit code out."""
 
+import contextlib
+import os
+import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +43,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 75 stopped and saved,
         128 + n for signal n.
+
+    Raises:
+        SystemExit: with the code of SIGPIPE, when nobody reads what is printed any more.
     """
+    with _quiet_once_unread():
+        return _do(argv)
+
+
+@contextlib.contextmanager
+def _quiet_once_unread() -> Iterator[None]:
+    """Ends the process without a traceback when what reads its standard output has ended, as `head` does."""
+    try:
+        try:
+            yield
+        except SystemExit:  # of argparse, once it has printed help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout.fileno()):
+            raise  # of another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Says whether a pipe has no reader."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _do(argv: Sequence[str] | None) -> int:
+    """Runs a verb; see `main`."""
     words = list(sys.argv[1:] if argv is None else argv)
     words = [
         word for word in words if not word.startswith(("--local_rank=", "--local-rank="))

@@ -231,4 +231,6 @@ def marked(ids: "np.ndarray", trained: "np.ndarray", tokenizer: "PreTrainedToken
 
 
 if __name__ == "__main__":
-    sys.exit(inspect_data(sys.argv[1:]))
+    from train.cli import main
+
+    sys.exit(main(["inspect_data", *sys.argv[1:]]))
