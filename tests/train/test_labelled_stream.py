@@ -14,7 +14,7 @@ from train.data.labelled import WINDOW
 from train.data.loader import open_documents, pack
 from train.data.share import Share
 from train.data.tokenizer import open_tokenizer
-from train.errors import ConfigError
+from train.errors import ConfigError, DataError
 
 NAMES = ["rain", "sun", "wind"]
 STREAM = ["data.streaming=true", "data.tokenizer=mixtral", "model.vocab_size=32000", "data.too_long=cut"]
@@ -167,6 +167,14 @@ def test_a_bad_row_of_a_stream_stops_the_run_by_file_and_line_or_is_counted(tmp_
     words += ["data.bad_rows=skip", "data.too_long=skip", "data.held_out_fraction=0.3"]
     assert run_small(tmp_path / "skipped", *words) == 0
     assert read_json(tmp_path / "skipped" / "summary.json")["left_out"][problem] >= 1
+
+
+def test_a_stream_of_which_nothing_can_be_used_is_not_read_for_ever(config, tokenizer):
+    write(open_path(config), [{"text": f"text {number}", "label": "fog"} for number in range(30)])
+    config.data.bad_rows = "skip"
+    stream = load(config, tokenizer, streaming=True)
+    with pytest.raises(DataError, match=r"nothing of the stream can be trained on \(left out: 30 unknown label\)"):
+        next(stream.steps(Share(0, 1, 4)))
 
 
 def test_a_classifier_learns_from_a_stream(tmp_path):

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -44,6 +44,7 @@ from train.data.tokenizer import document_ids, give_padding
 from train.errors import DataError
 
 T = TypeVar("T")
+Documents = Iterator[dict[str, Any]]
 LISTED_LABELS = 8
 FINGERPRINTED = 256  # documents whose every token is looked at
 
@@ -317,8 +318,15 @@ def _pack_texts(
     counts = Counts()
 
     def stream() -> Iterator[Row]:
-        ids = (document_ids(tokenizer, [row["text"]])[0] for row in _epochs(training, data, seed, counts))
-        return pack_stream(ids, length, seed=seed, shuffle_buffer=data.shuffle_buffer if data.shuffle else 1)
+        def ids(documents: Documents) -> Iterator[list[int]]:
+            return (document_ids(tokenizer, [row["text"]])[0] for row in documents)
+
+        return pack_stream(
+            _epochs(training, data, seed, counts, ids),
+            length,
+            seed=seed,
+            shuffle_buffer=data.shuffle_buffer if data.shuffle else 1,
+        )
 
     return Data(None, stream, kept, held_out, length, counts, problems)
 
@@ -356,7 +364,7 @@ def _pack_samples(
     counts = Counts(left_out=kinds_of(problems))
 
     def stream() -> Iterator[Row]:
-        samples = _stream_samples(_epochs(training, data, seed, counts), encoder, data, counts)
+        samples = _epochs(training, data, seed, counts, lambda rows: _stream_samples(rows, encoder, data, counts))
         parts = ((sample.ids, sample.trained) for sample in samples)
         return pack_sample_stream(parts, length, window=window, seed=seed, shuffle=data.shuffle)
 
@@ -405,7 +413,7 @@ def _pack_labelled_stream(
     counts = Counts(left_out=kinds_of(problems))
 
     def samples() -> Iterator[Sample]:
-        return _stream_samples(_epochs(training, data, seed, counts), encoder, data, counts)
+        return _epochs(training, data, seed, counts, lambda rows: _stream_samples(rows, encoder, data, counts))
 
     stream = LabelledStream(samples, Batches(labels, padding), seed, data.shuffle)
     kept_rows = LabelledRows(kept, length, labels, padding)
@@ -424,23 +432,44 @@ def _usable_samples(held_out: Dataset, encoded: Dataset, problems: list[tuple[st
     return kept
 
 
-def _epochs(documents: IterableDataset, data: DataConfig, seed: int, counts: Counts) -> Iterator[dict[str, Any]]:
-    """Yields a stream's documents, epoch after epoch, and counts those left out."""
+def _epochs(
+    documents: IterableDataset, data: DataConfig, seed: int, counts: Counts, made: Callable[[Documents], Iterator[T]]
+) -> Iterator[T]:
+    """Yields what is made of a stream's documents, epoch after epoch, and counts those left out.
+
+    Args:
+        documents: in their order.
+        data: says how they are shuffled.
+        seed: of their order.
+        counts: of those left out.
+        made: makes of an epoch's documents what is trained on.
+
+    Raises:
+        DataError: after an epoch of which nothing came.
+    """
     if data.shuffle:
         documents = documents.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
-    epoch = 0
-    while True:
+
+    def usable_of(epoch: int) -> Documents:
         documents.set_epoch(epoch)
         for row in documents:
             if row["problem"] is None:
                 yield row
             else:
                 counts.left_out[row["problem"].partition(":")[0]] += 1
-        epoch += 1
+
+    for epoch in count():
+        is_empty = True
+        for one in made(usable_of(epoch)):
+            yield one
+            is_empty = False
+        if is_empty:
+            kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.left_out.most_common())
+            raise DataError(f"data.path={data.names}: nothing of the stream can be trained on (left out: {kinds})")
 
 
 def _stream_samples(
-    documents: Iterator[dict[str, Any]], encoder: Encoder | LabelledEncoder, data: DataConfig, counts: Counts
+    documents: Documents, encoder: Encoder | LabelledEncoder, data: DataConfig, counts: Counts
 ) -> Iterator[Sample]:
     """Encodes documents as they come.
 
