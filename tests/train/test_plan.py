@@ -22,8 +22,8 @@ from train.plan.layout import NF4, Layout
 from train.plan.load import Skew, seen, skews_of
 from train.plan.memory import memory_of
 from train.plan.refusal import refuse_too_large
-from train.plan.report import report
-from train.plan.search import best, candidates, changes
+from train.plan.report import found, report
+from train.plan.search import best, candidates, changes, smallest
 from train.plan.seconds import flops_per_token, step_of
 from train.plan.verb import command, compose_plan
 
@@ -310,6 +310,55 @@ def test_adapters_are_proposed_where_there_are_weights_to_adapt():
         config = compose_plan([*words, "parallel.expert=8", "parallel.zero=1"]).config
         ways = [words for words, _ in changes(figures_of(Layout(config, 8), small))]
         assert ("lora.rank=16" in ways) == expected
+
+
+@pytest.mark.parametrize("gpus", [6, 16])
+def test_what_is_found_trains_the_batch_that_was_given_or_says_that_it_cannot(gpus):
+    words = (*SMALL_8X7B, f"plan.gpus={gpus}", "train.micro_batch_size=1", "train.gradient_accumulation_steps=3")
+    config = compose_plan(words).config
+    device = device_of(config.plan)
+    own = figures_of(Layout(config, gpus), device)
+    assert own.layout.rows_of_step == 3 * gpus
+    for processes in (2, 4, 8, 12):
+        rows = {Layout(candidate, processes).rows_of_step for candidate in candidates(config, processes)}
+        assert rows == ({3 * gpus} if 3 * gpus % processes == 0 else {processes * round(3 * gpus / processes)})
+    least = smallest(config, device)
+    assert least is not None
+    assert least.layout.processes == 4  # which 48 rows divide by, and 18 do not
+    said = found([], own, least, "a command")
+    assert ("NOT the 18 that were given" in said) == (gpus == 6)
+    assert said.endswith("to start it:\n  a command")
+
+
+def test_more_gpus_are_proposed_with_fewer_passes_so_that_the_batch_stays_or_with_what_it_becomes():
+    for passes, expected, rows in (
+        (4, "plan.gpus=32 train.gradient_accumulation_steps=2", 64),
+        (1, "plan.gpus=32", 32),
+    ):
+        own = planned(*FULL, f"train.gradient_accumulation_steps={passes}", processes=16)
+        figures = figures_of(own, device_of(own.config.plan))
+        ways = [(words, way) for words, way in changes(figures) if words.startswith("plan.gpus=")]
+        assert [(words, way.layout.rows_of_step) for words, way in ways] == [(expected, rows)]
+        line = next(line for line in report(figures, ways, "").splitlines() if "  plan.gpus=" in line)
+        assert ("32 rows a step" in line) == (passes == 1)
+
+
+def test_the_layout_that_was_given_has_a_row_with_the_memory_of_the_host_where_any_takes_it(tmp_path, capsys):
+    words = ["recipe=sft_8x7b_full", "plan.gpus=8", "plan.search=true", f"run.dir={tmp_path / 'plan'}"]
+    assert main(["plan", *words]) == 0
+    table, least = capsys.readouterr().out.split("the best layouts that fit")[1].split("the fewest that do")
+    given = [line for line in table.splitlines() if "as given" in line]
+    assert len(given) == 1
+    assert "does not fit" in given[0]
+    assert "host GB" in table.splitlines()[0]
+    # 12 bytes of masters and moments, a gradient in fp32 and a weight in bf16, of an eighth of 46.70 B parameters
+    assert f"  {18 * 46.70 / 8:.1f}  " in table
+    assert float(re.findall(r"and ([\d.]+) in host memory", least)[0]) == pytest.approx(18 * 46.70 / 4, abs=0.1)
+    command = next(line for line in least.splitlines() if "torchrun" in line)
+    assert "--nproc_per_node 4" in command
+    assert "train.micro_batch_size=8 train.gradient_accumulation_steps=1" in command  # 4 rows of 8 before
+    fits = figures_of(planned("recipe=sft_8x7b_lora", processes=8), device_of(compose_plan(FULL).config.plan))
+    assert found([fits], fits, None, "").count("as given") == 1
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,14 @@ class Layout:
         return self.config.train.micro_batch_size * self.config.data.sequence_length
 
     @property
+    def rows_of_step(self) -> int:
+        """The global batch: of all processes in one optimizer step."""
+        return self.config.train.micro_batch_size * self.config.train.gradient_accumulation_steps * self.processes
+
+    @property
     def tokens_of_step(self) -> int:
         """Of all processes in one optimizer step."""
-        return self.tokens * self.config.train.gradient_accumulation_steps * self.processes
+        return self.rows_of_step * self.config.data.sequence_length
 
     @property
     def head_dim(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from train.observe.counts import count
 from train.plan.figures import Figures
+from train.plan.layout import Layout
 from train.plan.memory import KINDS
 
 GB = 1e9
@@ -17,19 +18,23 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if hours < 2 else f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
 
 
+def keys_of(figures: Figures) -> dict[str, str]:
+    """Gives every key that tells layouts apart, with its value."""
+    parallel, train = figures.layout.config.parallel, figures.layout.config.train
+    return {
+        "parallel.expert": f"{parallel.expert}",
+        "parallel.zero": f"{parallel.zero}",
+        "parallel.offload_optimizer": f"{parallel.offload_optimizer}".lower(),
+        "parallel.offload_parameters": f"{parallel.offload_parameters}".lower(),
+        "train.recompute": train.recompute,
+        "train.micro_batch_size": f"{train.micro_batch_size}",
+        "train.gradient_accumulation_steps": f"{train.gradient_accumulation_steps}",
+    }
+
+
 def words_of(figures: Figures) -> str:
-    """Writes a layout as keys."""
-    config = figures.layout.config
-    words = [f"parallel.expert={config.parallel.expert}", f"parallel.zero={config.parallel.zero}"]
-    words += [
-        f"parallel.{name}=true"
-        for name in ("offload_optimizer", "offload_parameters")
-        if getattr(config.parallel, name)
-    ]
-    words += ["train.recompute=layers"] if config.train.recompute == "layers" else []
-    words += [f"train.micro_batch_size={config.train.micro_batch_size}"]
-    words += [f"train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}"]
-    return " ".join(words)
+    """Writes a layout as keys, those left out that do nothing."""
+    return " ".join(f"{key}={value}" for key, value in keys_of(figures).items() if value not in ("false", "none"))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -52,9 +57,15 @@ def report(figures: Figures, changes: Iterable[tuple[str, Figures]], command: st
         lines.append("  nothing; plan.search=true looks for several changes at once")
     lines += [
         f"  {words}: {changed.high.peak / GB:.1f} GB, {count(changed.step.tokens_per_second)} tokens/s"
+        + _other_batch(figures.layout, changed.layout)
         for words, changed in changes
     ]
     return "\n".join([*lines, "", "to start it:", *(f"  {line}" for line in command.splitlines())])
+
+
+def _other_batch(given: Layout, other: Layout) -> str:
+    """Says of a layout that its step has other rows than the one that was given."""
+    return "" if other.rows_of_step == given.rows_of_step else f", {other.rows_of_step} rows a step"
 
 
 def _header(figures: Figures) -> list[str]:
@@ -132,30 +143,52 @@ def _verdict(figures: Figures) -> list[str]:
     return lines
 
 
-def found(several: Sequence[Figures], least: Figures | None) -> str:
-    """Writes what a search found."""
+def found(several: Sequence[Figures], own: Figures, least: Figures | None, command: str) -> str:
+    """Writes what a search found.
+
+    Args:
+        several: the best layouts, the best first.
+        own: the one that was given, which has a row too.
+        least: the best on the fewest devices.
+        command: that starts the least.
+    """
+    listed = [*several, *([] if own.layout in [one.layout for one in several] else [own])]
     rows = [["the best layouts that fit", "GB, p99", "spare", "tokens/s", "MFU", "most time goes to"]]
-    for figures in several:
+    for figures in listed:
         step = figures.step
         longest = max(step.parts, key=lambda part: step.parts[part])
+        given = ", as given" if figures.layout == own.layout else ""
+        state = " (tight)" if figures.is_tight else "" if figures.fits else " (does not fit)"
         rows.append(
             [
-                words_of(figures),
+                words_of(figures) + given,
                 f"{figures.high.peak / GB:.1f}",
-                f"{figures.spare / GB:.1f}{' (tight)' * figures.is_tight}",
+                f"{figures.spare / GB:.1f}{state}",
                 count(step.tokens_per_second),
                 f"{step.mfu(figures.device, figures.layout):.1%}",
                 f"{longest}, {step.parts[longest] / step.seconds:.0%}",
             ]
         )
-    lines = columns(rows) if several else ["  no layout fits so many devices"]
+    if any(one.high.host for one in listed):
+        hosts = ["host GB", *(f"{one.high.host / GB:.1f}" for one in listed)]  # of a process, too
+        rows = [[*row[:3], host, *row[3:]] for row, host in zip(rows, hosts, strict=True)]
+    lines = columns(rows) if several else ["  no layout fits so many devices", *columns(rows)]
+    return "\n".join([*lines, "", *_least(own, least, command)])
+
+
+def _least(own: Figures, least: Figures | None, command: str) -> list[str]:
+    """Writes of the fewest devices."""
     if least is None:
-        return "\n".join([*lines, "", "no number of devices up to 4096 is enough"])
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"the fewest that do: {least.layout.processes} x {least.device.name}, {words_of(least)}: "
-            f"{least.high.peak / GB:.1f} GB, {count(least.step.tokens_per_second)} tokens/s",
-        ]
-    )
+        return ["no number of devices up to 4096 is enough"]
+    layout = least.layout
+    host = f" and {least.high.host / GB:.1f} in host memory" if least.high.host else ""
+    lines = [
+        f"the fewest that do: {layout.processes} x {least.device.name}, {words_of(least)}: "
+        f"{least.high.peak / GB:.1f} GB{host}, {count(least.step.tokens_per_second)} tokens/s"
+    ]
+    if layout.rows_of_step != own.layout.rows_of_step:
+        lines.append(
+            f"its step is of {layout.rows_of_step} rows, NOT the {own.layout.rows_of_step} that were given, which "
+            f"{layout.processes} processes cannot share evenly: optim.lr and schedule are for another batch"
+        )
+    return [*lines, "to start it:", *(f"  {line}" for line in command.splitlines())]

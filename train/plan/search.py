@@ -18,8 +18,17 @@ MOST = 4096
 """Devices that are tried at most."""
 
 
+def rows_of_each(config: Config, processes: int) -> int:
+    """Rows of a step that each of so many processes takes so that all take what `plan.gpus` of them would, or about."""
+    train = config.train
+    return max(1, round(train.micro_batch_size * train.gradient_accumulation_steps * config.plan.gpus / processes))
+
+
 def candidates(config: Config, processes: int) -> Iterator[Config]:
-    """Yields every layout that trains what a configuration trains, with as many rows a step, on so many processes."""
+    """Yields every layout that trains what a configuration trains, on so many processes.
+
+    Together they take as many rows a step as a configuration's `plan.gpus` do, where these divide by the processes.
+    """
     for recompute in ("none", "layers"):
         yield from _layouts(
             dataclasses.replace(config, train=dataclasses.replace(config.train, recompute=recompute)), processes
@@ -28,7 +37,7 @@ def candidates(config: Config, processes: int) -> Iterator[Config]:
 
 def _layouts(config: Config, processes: int) -> Iterator[Config]:
     train, parallel = config.train, config.parallel
-    rows = train.micro_batch_size * train.gradient_accumulation_steps
+    rows = rows_of_each(config, processes)
     experts = config.model.num_local_experts
     for expert in (n for n in range(1, experts + 1) if experts % n == 0 == processes % n):
         for zero in range(0 if expert == 1 else 1, 4):
@@ -132,6 +141,9 @@ def _single_changes(layout: Layout) -> Iterator[tuple[str, Config, int]]:
         length //= 2
     more = processes * 2
     while more <= min(MOST, 64 * processes):
+        steps, rest = divmod(processes * train.gradient_accumulation_steps, more)
         if more % config.parallel.expert == 0:
-            yield f"plan.gpus={more}", config, more
+            fewer = dataclasses.replace(train, gradient_accumulation_steps=steps) if rest == 0 else train
+            extra = f" train.gradient_accumulation_steps={steps}" if rest == 0 else ""
+            yield f"plan.gpus={more}{extra}", dataclasses.replace(config, train=fewer), more
         more *= 2

@@ -112,7 +112,7 @@ def plan(config: Config, folder: RunFolder, words: Sequence[str]) -> str:
     described |= {"changes": {name: way.described() for name, way in ways}}
     if config.plan.search:
         several, least = best(config, config.plan.gpus, device), smallest(config, device)
-        print("\n" + found(several, least))
+        print("\n" + found(several, figures, least, command(least, _with_layout(least, words)) if least else ""))
         described["best"] = [one.described() for one in several]
         described["smallest"] = least and least.described()
     folder.write_json("plan.json", described)
@@ -121,6 +121,15 @@ def plan(config: Config, folder: RunFolder, words: Sequence[str]) -> str:
     draw_plan(figures, target)
     print(f"\nwritten: {folder.path / 'plan.json'}, {target}")
     return "it fits" if figures.fits else "it does not fit"
+
+
+def _with_layout(figures: Figures, words: Sequence[str]) -> list[str]:
+    """Gives the words of a run with those of a layout in place of its own."""
+    from train.plan.report import keys_of
+
+    keys = keys_of(figures)
+    others = [word for word in words if word.partition("=")[0] not in keys]
+    return [*others, *(f"{key}={value}" for key, value in keys.items())]
 
 
 def command(figures: Figures, words: Sequence[str]) -> str:
