@@ -184,7 +184,7 @@ def main() -> None:
         print(f"{row.name:30}{row.mfu:>10.1%}{mfu:>10.1%}{mfu / row.mfu - 1:>+9.0%}  {row.assumed}")
     layout = layout_of("mixtral_8x7b", Mapping(1, 1, length=16384))
     hidden, inner = 4096, 14336
-    ours = kept_of_layer(layout, Skew()).routed / layout.tokens + 2 * hidden
+    ours = kept_of_layer(layout, Skew()).routed.total / layout.tokens + 2 * hidden
     stored = ours + 2 * 2 * (inner + 2 * hidden)  # the activated rows, and those before and after the experts
     for name, figure, published in (("SonicMoE", ours, 123e3), ("what it compares itself with", stored, 213e3)):
         cells = f"{published / 1e3:>7.0f} KB{figure / 1e3:>7.0f} KB{figure / published - 1:>+9.0%}"

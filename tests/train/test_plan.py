@@ -16,6 +16,7 @@ from train.cli import main
 from train.compose import compose, recipes
 from train.errors import ConfigError
 from train.lora import trainable_model
+from train.plan.blocks import Blocks
 from train.plan.figures import figures_of
 from train.plan.hardware import Efficiency, device_of, table
 from train.plan.layout import NF4, Layout
@@ -29,6 +30,7 @@ from train.plan.verb import command, compose_plan
 
 EVEN = Skew()
 GB = 1e9
+COMES_AND_GOES = ("gradients", "activations", "routed rows", "logits")
 MODEL = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "num_local_experts", "tie_word_embeddings"),
@@ -77,7 +79,7 @@ def test_what_a_layer_keeps_is_sonicmoes_figure_for_mixtrals_shape():
     from train.plan.kept import kept_of_layer
 
     layout = planned("model=mixtral_8x7b", "data.path=x", "train.max_steps=1", "data.sequence_length=16384")
-    routed = kept_of_layer(layout, EVEN).routed / layout.tokens
+    routed = kept_of_layer(layout, EVEN).routed.total / layout.tokens
     assert (routed + 2 * 4096) / 1e3 == pytest.approx(2 * (4096 + 2 * 2 * 14336) / 1e3, rel=0.01)
     assert (routed + 2 * 4096) / 1e3 == pytest.approx(123, rel=0.01)
 
@@ -393,6 +395,16 @@ def test_processes_on_a_processor_share_the_memory_of_one_host(tmp_path):
         assert figures.described()["hosts"] == 1
         assert f"{processes} x cpu of {8 / processes:.0f} GB, 1 host" in report(figures, [], "")
         assert "--nnodes" not in command(figures, [])
+
+
+def test_on_a_processor_the_heap_stays_as_large_as_all_blocks_below_64_mb_once_made_it():
+    assert Blocks.of([1e6, 40e6, 100e6]) == Blocks(total=141e6, small=1e6, fitting=41e6)
+    words = ("recipe=pretrain_tiny", "train.precision=fp32", "model.hidden_size=768", "parallel.zero=1")
+    for expert, holes in ((1, 0.2), (2, 0.4)):
+        memory = memory_of(planned(*words, f"parallel.expert={expert}", processes=2, on_gpu=False), EVEN)
+        moments = [parts for name, parts in memory.moments.items() if name != "start"]
+        most = max(sum(moment[kind] for kind in COMES_AND_GOES if kind in moment) for moment in moments[:3])
+        assert memory.moments["reduction"]["overhead"] == pytest.approx((1 + holes) * most)
 
 
 def test_a_machine_that_cannot_be_measured_ends_the_plan_with_6(tmp_path, capsys, monkeypatch):

@@ -100,32 +100,29 @@ class Layout:
         return weight.elements / self.processes if self.zero else self.here(weight)
 
     @functools.cached_property
-    def trained_of_layers(self) -> list[tuple[int, int]]:
-        """Elements with a gradient of each layer, in a process before ZeRO: of its experts, and of all else in it."""
-        found = [[0, 0] for _ in range(self.config.model.num_hidden_layers)]
-        for weight in self.weights:
-            if weight.trained and ".layers." in weight.name:
-                found[int(weight.name.split(".")[2])][not weight.is_expert] += self.here(weight)
-        return [(experts, others) for experts, others in found]
+    def trained(self) -> list[Weight]:
+        """Those parameters that have a gradient."""
+        return [weight for weight in self.weights if weight.trained]
 
     @functools.cached_property
     def trained_here(self) -> int:
         """Elements with a gradient, in a process before ZeRO."""
-        return sum(self.here(weight) for weight in self.weights if weight.trained)
+        return sum(map(self.here, self.trained))
 
-    @functools.cached_property
-    def trained_above(self) -> int:
-        """Of these, those whose gradients come before any layer's: the head and its norm."""
-        return sum(
-            self.here(weight)
-            for weight in self.weights
-            if weight.trained and ".layers." not in weight.name and "embed_tokens" not in weight.name
-        )
+    def differentiated(self, layer: int) -> list[Weight]:
+        """Those that have their gradients when a layer's experts just got theirs: attention comes after the experts."""
+
+        def is_there(weight: Weight) -> bool:
+            if weight.layer is None:
+                return "embed_tokens" not in weight.name
+            return weight.layer > layer or (weight.layer == layer and weight.is_expert)
+
+        return list(filter(is_there, self.trained))
 
     @functools.cached_property
     def trained_owned(self) -> float:
         """Elements whose masters and moments a process has."""
-        return sum(self.owned(weight) for weight in self.weights if weight.trained)
+        return sum(map(self.owned, self.trained))
 
     @property
     def left_out(self) -> list[str]:
@@ -135,8 +132,7 @@ class Layout:
             found.append("rows are counted at their full length, and may be shorter")
         if self.config.parallel.dispatch != "dropless":
             found.append(f"parallel.dispatch={self.config.parallel.dispatch}: its buffers are DeepSpeed's")
-        lowest = next((layer for layer, trained in enumerate(self.trained_of_layers) if any(trained)), None)
-        if lowest != 0 and not self.trains("embed_tokens"):
+        if all(weight.layer != 0 for weight in self.trained) and not self.trains("embed_tokens"):
             found.append(f"train.only={train.only}: layers below all that is trained keep nothing, and are counted")
         return found
 

@@ -4,11 +4,14 @@ What is counted is what train/ and DeepSpeed 0.19 hold, tensor by tensor; train/
 words. Shape letters: see `mixtral/modeling.py`; P ranks share a layer's experts out, b is the bytes of a number.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from train.plan.blocks import Blocks
 from train.plan.kept import Kept, kept_of_layer
 from train.plan.layout import NF4, Layout
 from train.plan.load import Skew
+from train.plan.weights import Weight
 
 FP32 = 4
 BUCKET = 500_000_000
@@ -21,10 +24,12 @@ CONTEXT = 0.6e9
 """What CUDA, cuBLAS and its workspaces take of a GPU before anything is stored."""
 COMMUNICATOR = 0.3e9
 """What NCCL takes of a GPU for each group of processes that talk."""
-MAPPED = 32 * 2**20
-"""glibc's malloc gives blocks of so many bytes back when they are freed; of smaller ones hardly any, between others."""
-HOLES = 0.2
-"""Share of these at their most that lies in holes between others which nothing fits into."""
+HOLES, UNEVEN_HOLES = 0.2, 0.4
+"""Size of malloc's heap over the most that lies in it at once, less 1: what lies between blocks that nothing fits into.
+
+As malloc itself counts both (mallinfo2), over a few steps: 1.1 to 1.35 in layouts whose blocks have the same sizes in
+all layers, 1.35 to 1.8 where experts are split, and each layer of each step has other numbers of rows.
+"""
 FRAGMENTS = 0.05
 """Share of what comes and goes that torch's caching allocator holds in pieces nobody can use."""
 
@@ -71,34 +76,27 @@ def memory_of(layout: Layout, skew: Skew) -> Memory:
         skew: how many rows those are.
     """
     state, host = _state(layout)
+    always = {kind: Blocks(size) for kind, size in state.items()}
     kept = kept_of_layer(layout, skew)
-    moments = {
+    last = layout.config.model.num_hidden_layers - 1
+    held = {
         "start": _start(layout, state),
-        "loss": _loss(layout, state, kept),
-        "backward, last layer": _backward(layout, state, kept, layers=layout.config.model.num_hidden_layers),
-        "backward, first layer": _backward(layout, state, kept, layers=1),
-        "reduction": _reduction(layout, state),
-        "step": _step(layout, state),
+        "loss": always | _loss(layout, kept),
+        "backward, last layer": always | _backward(layout, kept, last),
+        "backward, first layer": always | _backward(layout, kept, 0),
+        "reduction": always | _reduction(layout),
+        "step": always | _step(layout),
     }
-    in_heap = {moment: _in_heap(layout, parts, kept) for moment, parts in moments.items()}
+    moments = {moment: {kind: blocks.total for kind, blocks in parts.items()} for moment, parts in held.items()}
+    fitting = max(sum(blocks.fitting for blocks in parts.values()) for parts in held.values())
+    heap = fitting * (1 + (UNEVEN_HOLES if layout.expert_ranks > 1 else HOLES))
     for moment, parts in moments.items():
         if layout.on_gpu:
             comes_and_goes = sum(parts[kind] for kind in parts if kind not in state)
             parts["overhead"] = CONTEXT + COMMUNICATOR * _groups(layout) + FRAGMENTS * comes_and_goes
-        elif moment != "start":  # what was the most is there for good
-            parts["overhead"] = (1 + HOLES) * max(in_heap.values()) - in_heap[moment]
+        elif moment != "start":
+            parts["overhead"] = heap - sum(blocks.small for blocks in held[moment].values())
     return Memory(moments, host, skew)
-
-
-def _in_heap(layout: Layout, parts: dict[str, float], kept: Kept) -> float:
-    """Bytes of what comes and goes in blocks so small that the C library never gives their memory back."""
-    model, b = layout.config.model, layout.bytes
-    blocks = {
-        "activations": b * layout.tokens * model.hidden_size,
-        "routed rows": kept.block,
-        "logits": FP32 * model.hidden_size * model.vocab_size,
-    }
-    return sum(parts.get(kind, 0.0) for kind, block in blocks.items() if block < MAPPED)
 
 
 def _groups(layout: Layout) -> int:
@@ -126,7 +124,7 @@ def _state(layout: Layout) -> tuple[dict[str, float], float]:
     return state, host
 
 
-def _start(layout: Layout, state: dict[str, float]) -> dict[str, float]:
+def _start(layout: Layout, state: dict[str, float]) -> dict[str, Blocks]:
     """The engine is built: ZeRO-1 and 2 copy the weights of a group into one tensor, and then let go of them.
 
     On a GPU that is so for `BF16_Optimizer` alone: the other one does it in host memory where there is no room.
@@ -134,13 +132,13 @@ def _start(layout: Layout, state: dict[str, float]) -> dict[str, float]:
     copied = max((sum(map(layout.here, group)) for group in layout.groups), default=0)
     on_device = layout.zero in (1, 2) and (not layout.on_gpu or (layout.zero == 1 and layout.bytes < FP32))
     copies = layout.bytes * copied if on_device else 0.0
-    return {"weights": state["weights"], "communication": max(copies, state["masters"])}
+    return {"weights": Blocks(state["weights"]), "communication": Blocks(max(copies, state["masters"]))}
 
 
-def _loss(layout: Layout, state: dict[str, float], kept: Kept) -> dict[str, float]:
+def _loss(layout: Layout, kept: Kept) -> dict[str, Blocks]:
     """The forward pass is over, and the gradients of logits are multiplied into those of the head."""
     layers = layout.config.model.num_hidden_layers
-    return state | {
+    return {
         "gradients": _held(layout),
         "activations": kept.dense * layers + kept.last,
         "routed rows": kept.routed * layers,
@@ -149,120 +147,138 @@ def _loss(layout: Layout, state: dict[str, float], kept: Kept) -> dict[str, floa
     }
 
 
-def _backward(layout: Layout, state: dict[str, float], kept: Kept, layers: int) -> dict[str, float]:
-    """The experts of a layer are differentiated: so many layers are still kept, of the others there are gradients."""
-    done = layout.trained_of_layers[layers - 1 :]
-    new = done[0][0]
-    arrived = layout.trained_above + sum(map(sum, done)) - done[0][1]  # attention comes after the experts
-    return state | {
-        "gradients": _arrived(layout, arrived, new),
-        "activations": kept.dense * layers + kept.dense_backward,
-        "routed rows": kept.routed * layers + kept.routed_backward,
-        "logits": 0.0,
+def _backward(layout: Layout, kept: Kept, layer: int) -> dict[str, Blocks]:
+    """The experts of a layer are differentiated: those below are still kept, of those above there are gradients."""
+    there = layout.differentiated(layer)
+    return {
+        "gradients": _arrived(layout, there, [weight for weight in there if weight.layer == layer]),
+        "activations": kept.dense * (layer + 1) + kept.dense_backward,
+        "routed rows": kept.routed * (layer + 1) + kept.routed_backward,
         "communication": _reserved(layout) + _gathered(layout),
     }
 
 
-def _reduction(layout: Layout, state: dict[str, float]) -> dict[str, float]:
+def _reduction(layout: Layout) -> dict[str, Blocks]:
     """All gradients of the last pass are there, and are summed over the processes."""
     b, trained = layout.bytes, layout.trained_here
-    parts = state | {"gradients": _arrived(layout, trained, 0), "communication": _reserved(layout)}
-    if layout.zero == 0 or (layout.zero == 1 and b < FP32):
-        return parts
+    gradients, reserved = _arrived(layout, layout.trained, []), _reserved(layout)
     several = layout.processes > 1  # or what goes to one process is one piece, which is not copied
     groups = [sum(map(layout.here, group)) for group in layout.groups]
     split = layout.expert_ranks > 1  # then each kind of parameter is summed by itself
     copied = min(max(groups, default=0) if split else trained, BUCKET) if several else 0
+    copies = Blocks()
     if layout.zero == 3:
-        parts["communication"] += FP32 * copied * (1 if layout.on_gpu else 2)  # gloo sums a copy of its own
+        copies = Blocks.of([FP32 * copied] * (1 if layout.on_gpu else 2))  # gloo sums a copy of its own
         ends = [weight for weight in layout.weights if weight.name.startswith(("model.embed_tokens.", "lm_head."))]
-        parts["communication"] += b * sum(map(layout.here, ends))  # which are whole until the pass is over
-    elif b < FP32:
-        parts["communication"] += (b + FP32) * copied  # the bucket, in pieces, and these in fp32
-    else:
-        parts["communication"] += max(FP32 * copied, FP32 * layout.touched)
-    return parts
+        copies += _tensors(b, map(layout.here, ends))  # which are whole until the pass is over
+    elif layout.zero == 2 and b < FP32:
+        copies = Blocks.of([b * copied, FP32 * copied])  # the bucket, in pieces, and these in fp32
+    elif layout.zero > 0 and b == FP32:
+        gradients = Blocks(gradients.total)  # ZeRO-1 puts them into the bucket by now
+        copies = Blocks.of([FP32 * max(copied, layout.touched)])
+    return {"gradients": gradients, "communication": reserved + copies}
 
 
-def _step(layout: Layout, state: dict[str, float]) -> dict[str, float]:
+def _step(layout: Layout) -> dict[str, Blocks]:
     """The optimizer steps; ZeRO-1 and 2 in fp32, and ZeRO-3, hand it copies of the gradients in one piece."""
     owned = [sum(map(layout.owned, group)) for group in layout.groups]
-    gradients, copies = _held(layout), 0.0
+    gradients, copies = _held(layout), Blocks()
     if layout.zero == 0 and layout.bytes == FP32:
-        gradients = _arrived(layout, layout.trained_here, 0)
+        gradients = _arrived(layout, layout.trained, [])
     elif layout.zero == 0:
-        gradients = FP32 * layout.trained_here + (gradients if layout.processes > 1 else 0)
+        gradients = _gradients(layout, FP32, layout.trained) + (gradients if layout.processes > 1 else Blocks())
     elif layout.zero < 3 and layout.bytes == FP32:
-        gradients, copies = FP32 * layout.touched, FP32 * max(owned, default=0.0)
+        gradients, copies = Blocks.of([FP32 * layout.touched]), Blocks.of([FP32 * max(owned, default=0.0)])
     elif layout.zero == 2:
-        gradients = FP32 * sum(owned)
+        gradients = Blocks.of(FP32 * elements for elements in owned)
     elif layout.zero == 3:
-        copies = FP32 * max((min(elements, LIVE) for elements in owned), default=0.0)
-    return state | {"gradients": gradients, "communication": _reserved(layout) * (layout.zero == 3) + copies}
+        copies = Blocks.of([FP32 * max((min(elements, LIVE) for elements in owned), default=0.0)])
+    reserved = _reserved(layout) if layout.zero == 3 else Blocks()
+    return {"gradients": gradients, "communication": reserved + copies}
 
 
-def _held(layout: Layout) -> float:
-    """Bytes of gradients that are there between passes: buckets, partitions, accumulators."""
-    b, trained = layout.bytes, layout.trained_here
+def _tensors(number: int, elements: Iterable[float]) -> Blocks:
+    """Tensors of so many elements each, of numbers of so many bytes."""
+    return Blocks.of(number * each for each in elements)
+
+
+def _gradients(layout: Layout, number: int, weights: Iterable[Weight]) -> Blocks:
+    """A gradient for each parameter that a process has, before ZeRO, of numbers of so many bytes."""
+    return _tensors(number, map(layout.here, weights))
+
+
+def _held(layout: Layout) -> Blocks:
+    """Gradients that are there between passes: buckets and partitions, which are there for good, and accumulators."""
+    b = layout.bytes
     accumulates = layout.config.train.gradient_accumulation_steps > 1
     if layout.zero == 0:
-        buckets = b * trained if layout.processes > 1 else 0  # DistributedDataParallel's
-        return buckets + (FP32 * trained if accumulates and (b < FP32 or not buckets) else 0)
-    if layout.zero == 1 and b < FP32:
-        return (FP32 + b) * trained  # BF16_Optimizer: accumulators of all, and gradients that are never let go of
+        buckets = b * layout.trained_here if layout.processes > 1 else 0  # DistributedDataParallel's
+        sums = accumulates and (b < FP32 or not buckets)
+        return Blocks(buckets) + (_gradients(layout, FP32, layout.trained) if sums else Blocks())
+    if layout.zero == 1 and b < FP32:  # BF16_Optimizer: accumulators of all, and gradients that are never let go of
+        return Blocks((FP32 + b) * layout.trained_here)
     if layout.zero == 1:
-        return FP32 * trained if accumulates else 0.0
+        return _gradients(layout, FP32, layout.trained) if accumulates else Blocks()
     if layout.on_gpu and layout.config.parallel.offload_optimizer:
-        return 0.0
+        return Blocks()
     if layout.zero == 2 and not accumulates:
-        return 0.0
-    return FP32 * (layout.touched if layout.zero == 2 and b == FP32 else layout.trained_owned)
+        return Blocks()
+    if layout.zero == 2 and b == FP32:
+        return Blocks.of([FP32 * layout.touched])
+    return Blocks(FP32 * layout.trained_owned)
 
 
-def _arrived(layout: Layout, arrived: int, new: int) -> float:
-    """Bytes of gradients when those of so many elements have been computed, the newest ones not yet put away."""
+def _arrived(layout: Layout, arrived: list[Weight], new: list[Weight]) -> Blocks:
+    """Gradients when those of some parameters have been computed, the newest ones not yet put away."""
     b, held = layout.bytes, _held(layout)
     if layout.zero < 2:
-        return held + b * (new if held else arrived)
-    number = FP32 if layout.zero == 3 else b
-    in_bucket = 0 if layout.on_gpu or layout.zero == 3 else number * min(arrived, BUCKET)
-    put_away = 0.0
-    if layout.zero == 2 and not held and arrived > BUCKET:  # a bucket was full, and summed
-        put_away = FP32 * (layout.touched if b == FP32 else layout.trained_owned)
-    return held + in_bucket + put_away + b * new
+        return held + _gradients(layout, b, new if held.total else arrived)
+    number, elements = FP32 if layout.zero == 3 else b, sum(map(layout.here, arrived))
+    in_bucket = 0 if layout.on_gpu or layout.zero == 3 else number * min(elements, BUCKET)
+    put_away = Blocks()
+    if layout.zero == 2 and not held.total and elements > BUCKET:  # a bucket was full, and summed
+        put_away = Blocks.of([FP32 * layout.touched]) if b == FP32 else Blocks(FP32 * layout.trained_owned)
+    return held + Blocks(in_bucket) + put_away + _gradients(layout, b, new)
 
 
-def _reserved(layout: Layout) -> float:
-    """Bytes of DeepSpeed's bucket for gradients, where it is not only what is written into it that takes memory.
+def _reserved(layout: Layout) -> Blocks:
+    """DeepSpeed's bucket for gradients, where it is not only what is written into it that takes memory.
 
     On a processor that is the case at stage 3 alone, which keeps one bucket for ever.
     """
     if layout.zero == 0 or (layout.zero == 1 and layout.bytes < FP32):
-        return 0.0
+        return Blocks()
     if layout.zero == 3:
-        return FP32 * (BUCKET if layout.on_gpu else min(layout.trained_here, BUCKET))
-    return layout.bytes * BUCKET if layout.on_gpu else 0.0
+        return Blocks(FP32 * (BUCKET if layout.on_gpu else min(layout.trained_here, BUCKET)))
+    return Blocks(layout.bytes * BUCKET if layout.on_gpu else 0.0)
 
 
-def _gathered(layout: Layout) -> float:
-    """Bytes of the weights that ZeRO-3 has brought together: what it may keep, and at least what it computes with."""
-    if layout.zero < 3:
-        return 0.0
-    small = layout.config.parallel.persistent_elements
-    apart = [weight for weight in layout.weights if layout.here(weight) >= small and layout.replicas([weight]) > 1]
+def _gathered(layout: Layout) -> Blocks:
+    """The weights that ZeRO-3 has brought together: what it may keep, and at least what it computes with."""
+    apart = _apart(layout)
     module = sum(layout.here(weight) for weight in apart if "layers.0.mlp.experts." in weight.name)
-    return layout.bytes * min(sum(map(layout.here, apart)), max(LIVE, module))
+    elements = sum(map(layout.here, apart))
+    share = min(elements, max(LIVE, module)) / elements if elements else 0.0
+    return _tensors(layout.bytes, map(layout.here, apart)) * share
 
 
-def _logits(layout: Layout) -> float:
-    """Bytes of a chunk of logits, of the head's gradient, and of a product on its way into it."""
+def _apart(layout: Layout) -> list[Weight]:
+    """The weights that ZeRO-3 leaves in parts on several processes."""
+    if layout.zero < 3:
+        return []
+    small = layout.config.parallel.persistent_elements
+    return [weight for weight in layout.weights if layout.here(weight) >= small and layout.replicas([weight]) > 1]
+
+
+def _logits(layout: Layout) -> Blocks:
+    """A chunk of logits, the head's gradient, and a product on its way into it."""
     if layout.is_classifier:
-        return 0.0
+        return Blocks()
     model, b = layout.config.model, layout.bytes
     rows, head = min(CHUNK, layout.tokens), model.vocab_size * model.hidden_size
     trained = layout.trains("lm_head.weight") or (model.tie_word_embeddings and layout.trains("embed_tokens"))
-    wide = rows * model.vocab_size * 2 * FP32 if layout.on_gpu else 0  # of a processor's only a few rows at a time
-    chunk = rows * model.vocab_size * b + wide
-    adding = chunk + ((FP32 + b) * head if trained else 0)  # the product of a chunk to the sum
-    scaling = (2 * FP32 + (b if b < FP32 else 0)) * head if trained else 0  # the sum, then rounding it
-    return max(adding, scaling) + b * layout.tokens * model.hidden_size
+    wide = [rows * model.vocab_size * FP32] * 2 if layout.on_gpu else []  # of a processor's only a few rows at a time
+    adding = [rows * model.vocab_size * b, *wide]
+    adding += [FP32 * head, b * head] if trained else []  # the product of a chunk to the sum
+    scaling = [FP32 * head] * 2 + ([b * head] if b < FP32 else []) if trained else []  # the sum, then rounding it
+    return Blocks.of(max(adding, scaling, key=sum)) + Blocks.of([b * layout.tokens * model.hidden_size])

@@ -3,6 +3,7 @@
 Shape letters: see `mixtral/modeling.py`; r is the rank of an adapter.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +25,17 @@ class Weight:
     shape: tuple[int, ...]
     trained: bool
 
-    @property
+    @functools.cached_property
     def elements(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
+    def layer(self) -> int | None:
+        """The number of the layer that it is in."""
+        return int(self.name.split(".")[2]) if ".layers." in self.name else None
+
+    @functools.cached_property
     def is_expert(self) -> bool:
         """Whether it is stacked over the experts, which expert parallelism splits."""
         return ".mlp.experts." in self.name
