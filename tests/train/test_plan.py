@@ -407,6 +407,17 @@ def test_on_a_processor_the_heap_stays_as_large_as_all_blocks_below_64_mb_once_m
         assert memory.moments["reduction"]["overhead"] == pytest.approx((1 + holes) * most)
 
 
+def test_zero_3_empties_its_bucket_when_gradients_of_split_experts_follow_others():
+    words = ("recipe=pretrain_tiny", "train.precision=fp32", "parallel.zero=3", "parallel.persistent_elements=0")
+    for expert in (1, 2):
+        layout = planned(*words, f"parallel.expert={expert}", processes=2, on_gpu=False)
+        model = layout.config.model
+        experts = 3 * model.num_local_experts // 2 * model.hidden_size * model.intermediate_size  # of a layer
+        last = [one for one in layout.trained if "embed_tokens" in one.name or (one.layer == 0 and not one.is_expert)]
+        run = max(experts, sum(weight.elements for weight in last))
+        assert layout.longest_run == (layout.trained_here if expert == 1 else run)
+
+
 def test_a_machine_that_cannot_be_measured_ends_the_plan_with_6(tmp_path, capsys, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "no network")
     monkeypatch.setattr("train.plan.verb.run_processes", lambda *_: failed)

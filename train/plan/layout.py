@@ -1,6 +1,7 @@
 """A run seen as the arithmetic needs it: sizes, and what one process holds of everything."""
 
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -153,6 +154,23 @@ class Layout:
             if weight.trained:
                 found.setdefault((weight.is_expert and self.expert_ranks > 1, not weight.is_matrix), []).append(weight)
         return [found[kind] for kind in sorted(found)]
+
+    @functools.cached_property
+    def longest_run(self) -> int:
+        """Elements of the most gradients that come one after the other, all of experts that are split, or none of them.
+
+        ZeRO-3 sums what is in its bucket when the kind changes.
+        """
+        runs = itertools.groupby(
+            sorted(self.trained, key=self._turn), lambda weight: weight.is_expert and self.expert_ranks > 1
+        )
+        return max((sum(map(self.here, run)) for _, run in runs), default=0)
+
+    def _turn(self, weight: Weight) -> tuple[int, bool]:
+        """Sorts by when backward reaches them: from the head down, and of a layer the experts first."""
+        if weight.layer is None:
+            return (1 if "embed_tokens" in weight.name else -self.config.model.num_hidden_layers), False
+        return -weight.layer, not weight.is_expert
 
     def replicas(self, group: list[Weight]) -> int:
         """Over how many processes ZeRO shares a group out."""

@@ -18,6 +18,8 @@ BUCKET = 500_000_000
 """Elements of DeepSpeed's bucket of gradients, `reduce_bucket_size`."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps whole at most, `stage3_max_live_parameters` and `stage3_max_reuse_distance`."""
+PREFETCH = 50_000_000
+"""Elements that ZeRO-3 fetches ahead in one piece, `stage3_prefetch_bucket_size`; a parameter is a copy out of it."""
 CHUNK = 1024
 """Rows of logits that are formed at a time."""
 CONTEXT = 0.6e9
@@ -143,7 +145,7 @@ def _loss(layout: Layout, kept: Kept) -> dict[str, Blocks]:
         "activations": kept.dense * layers + kept.last,
         "routed rows": kept.routed * layers,
         "logits": _logits(layout),
-        "communication": _reserved(layout) + _gathered(layout),
+        "communication": _reserved(layout) + _gathered(layout) + _fetched_ahead(layout),
     }
 
 
@@ -165,7 +167,8 @@ def _reduction(layout: Layout) -> dict[str, Blocks]:
     several = layout.processes > 1  # or what goes to one process is one piece, which is not copied
     groups = [sum(map(layout.here, group)) for group in layout.groups]
     split = layout.expert_ranks > 1  # then each kind of parameter is summed by itself
-    copied = min(max(groups, default=0) if split else trained, BUCKET) if several else 0
+    together = layout.longest_run if layout.zero == 3 else max(groups, default=0) if split else trained
+    copied = min(together, BUCKET) if several else 0
     copies = Blocks()
     if layout.zero == 3:
         copies = Blocks.of([FP32 * copied] * (1 if layout.on_gpu else 2))  # gloo sums a copy of its own
@@ -249,7 +252,7 @@ def _reserved(layout: Layout) -> Blocks:
     if layout.zero == 0 or (layout.zero == 1 and layout.bytes < FP32):
         return Blocks()
     if layout.zero == 3:
-        return Blocks(FP32 * (BUCKET if layout.on_gpu else min(layout.trained_here, BUCKET)))
+        return Blocks(FP32 * (BUCKET if layout.on_gpu else min(layout.longest_run, BUCKET)))
     return Blocks(layout.bytes * BUCKET if layout.on_gpu else 0.0)
 
 
@@ -260,6 +263,11 @@ def _gathered(layout: Layout) -> Blocks:
     elements = sum(map(layout.here, apart))
     share = min(elements, max(LIVE, module)) / elements if elements else 0.0
     return _tensors(layout.bytes, map(layout.here, apart)) * share
+
+
+def _fetched_ahead(layout: Layout) -> Blocks:
+    """The piece that weights at the end of the forward pass came in, which is there until the last of them is used."""
+    return Blocks.of([layout.bytes * min(PREFETCH, sum(map(layout.here, _apart(layout))))])
 
 
 def _apart(layout: Layout) -> list[Weight]:
