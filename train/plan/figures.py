@@ -10,7 +10,7 @@ from train.plan.memory import Memory, memory_of
 from train.plan.seconds import Step, step_of
 
 ERROR = 0.05
-"""Share by which the memory that is computed and the memory that runs need differ at the mean, to a point, as
+"""Share of the memory by which this arithmetic may be wrong: more than at the mean, less than at worst, of what
 bench/README.md records of processors; no GPU was measured."""
 
 
