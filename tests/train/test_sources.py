@@ -2,13 +2,16 @@
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
+from pyarrow import parquet
 
 from tests.train.helpers import WORDS, write_corpus
 from train.config import DataConfig
@@ -111,6 +114,61 @@ def test_malformed_text_is_refused_by_file_and_line(tmp_path, name):
     content, message = MALFORMED[name]
     with pytest.raises(DataError, match=message):
         read(write(tmp_path / name, content))
+
+
+def first_batch_of(file):
+    """What is there of an Arrow file once it is cut between its batches."""
+    with file.open("rb") as raw:
+        pa.ipc.open_stream(raw).read_next_batch()
+        return file.read_bytes()[: raw.tell()]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"])
+def test_a_saved_dataset_that_is_cut_anywhere_is_named(tmp_path, name, streaming):
+    Dataset.from_dict({"text": [f"text {n}" for n in range(2500)]}).save_to_disk(tmp_path / "saved")
+    file = tmp_path / "saved" / name
+    whole = file.read_bytes()
+    between = [len(first_batch_of(file))] if file.suffix == ".arrow" else []
+    for length in (0, 5, len(whole) // 2, len(whole) - 3, *between):
+        file.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=re.escape(str(tmp_path / "saved"))):
+            read(tmp_path / "saved", streaming=streaming)
+
+
+def test_a_saved_dataset_with_a_byte_of_no_text_is_named(tmp_path):
+    Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
+    file = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    file.write_bytes(file.read_bytes().replace(b"onetwo", b"one\xfewo"))
+    with pytest.raises(DataError, match=r"saved: not a readable dataset \(.*Invalid UTF8"):
+        read(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_whose_pages_are_hashed_is_read_right_or_named_whatever_bit_flips_in_them(tmp_path, streaming):
+    path, draw = tmp_path / "rows.parquet", random.Random(0)
+    rows = [{"text": " ".join(draw.choices([*WORDS, "é"], k=9))} for _ in range(300)]
+    parquet.write_table(pa.Table.from_pylist(rows), path, write_page_checksum=True, use_dictionary=False)
+    whole, (chunk,) = path.read_bytes(), [parquet.read_metadata(path).row_group(0).column(0)]
+    named = []
+    for number in range(40):
+        at = chunk.data_page_offset + draw.randrange(chunk.total_compressed_size)
+        damaged = tmp_path / f"{number}.parquet"
+        damaged.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+        try:
+            assert [row["text"] for row in read(damaged, streaming=streaming)] == [row["text"] for row in rows]
+        except DataError as error:
+            named.append((str(damaged), str(error)))
+    assert len(named) > 30
+    assert all(path in message for path, message in named)
+
+
+def test_a_parquet_file_with_a_byte_of_no_text_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"text": ["one", "two"]}), path, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"two", b"t\xfeo"))
+    with pytest.raises(DataError, match="rows.parquet: not a readable Parquet file"):
+        read(path)
 
 
 @pytest.mark.parametrize("path", ["/no/such/place", "no.jsonl", "./nothing", "a/b/c"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from train.data.formats import RowError
 from train.errors import DataError
 
 T = TypeVar("T")
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 Rows = Iterator[tuple[str, Any]]  # where it is, and the row or the `RowError` in its place
 
 
@@ -24,6 +26,13 @@ def read_rows(file: Path) -> Rows:
         DataError: where what follows cannot be read either.
     """
     return READERS[file.suffix.lower()](file)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether an Arrow file has its end: one that is cut between batches is read as if it had fewer rows."""
+    with file.open("rb") as raw:
+        raw.seek(-min(len(ARROW_END), file.stat().st_size), os.SEEK_END)
+        return raw.read() == ARROW_END
 
 
 def read_each(name: str, path: str, read: Callable[[Any], T]) -> list[T]:
@@ -142,7 +151,8 @@ def _read_csv(file: Path) -> Rows:
 def _read_parquet(file: Path) -> Rows:
     try:
         number = 0
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
+        for batch in parquet.ParquetFile(file, page_checksum_verification=True).iter_batches(batch_size=1000):
+            batch.validate(full=True)
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}:{number}", row

@@ -39,7 +39,7 @@ from datasets.utils import tqdm
 
 from train.config import DataConfig, SourceConfig
 from train.data import files, formats
-from train.data.files import read_rows
+from train.data.files import is_whole, read_rows
 from train.data.formats import BLANK, Schema, as_document
 from train.data.hub import require_hub, split_revision
 from train.errors import DataError, MachineError
@@ -337,12 +337,22 @@ def _read_library(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _open_saved(path: Path, source: SourceConfig, streaming: bool) -> Dataset | IterableDataset:
-    saved = load_from_disk(str(path))
-    if isinstance(saved, DatasetDict):
-        if source.split not in saved:
-            raise DataError(f"data.split={source.split}: {path} has {' | '.join(saved)}")
-        saved = saved[source.split]
-    return saved.to_iterable_dataset() if streaming else saved
+    try:
+        cut = next((file for file in sorted(path.rglob("data-*.arrow")) if not is_whole(file)), None)
+        if cut:
+            raise DataError(f"{cut}: its end is missing: copy it, or save the dataset, again")
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict):
+            if source.split not in saved:
+                raise DataError(f"data.split={source.split}: {path} has {' | '.join(saved)}")
+            saved = saved[source.split]
+        if streaming:
+            return saved.to_iterable_dataset()
+        saved.data.table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"data.path={path}: not a readable dataset ({reason})") from None
+    return saved
 
 
 def _open_hub(source: SourceConfig, streaming: bool) -> Dataset | IterableDataset:
