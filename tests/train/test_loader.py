@@ -2,15 +2,20 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import disable_progress_bars
 
+from tests.train.helpers import write_corpus
+from tests.train.test_sources import first_batch_of
 from train.config import Config, SourceConfig
 from train.data.loader import open_documents, pack
 from train.data.share import Share
+from train.data.sources import load_documents
 from train.data.templates import Encoder
+from train.data.tokenized import encode, tokenize
 from train.data.tokenizer import open_tokenizer
 from train.errors import DataError
 
@@ -70,6 +75,26 @@ def test_a_second_look_finds_the_first_ones_work_and_a_changed_key_does_not(conf
     everything, _ = load(config, tokenizer)
     assert sum(calls) == 80
     assert everything.counts.trained_tokens > data.counts.trained_tokens
+
+
+@pytest.mark.parametrize("form", ["chats", "texts"])
+def test_tokens_that_a_death_cut_off_in_the_cache_are_made_anew(config, tmp_path, form):
+    """Cut between batches, their file is read without an error, as if it had fewer rows."""
+    corpus = write_corpus(tmp_path / "texts.jsonl", 1500)
+    config.data.path = str(corpus) if form == "texts" else write_chats(tmp_path / "many.jsonl", 1500, "valley")
+    documents, tokenizer = load_documents(config.data), open_tokenizer("mixtral", 32_000, None, "mixtral")
+
+    def tokenized():
+        if form == "texts":
+            return tokenize(documents, tokenizer)
+        return encode(documents, Encoder(tokenizer, config.data, 32_000))
+
+    cached = Path(tokenized().cache_files[0]["filename"])
+    whole = cached.read_bytes()
+    for left in (whole[: len(whole) // 2], first_batch_of(cached)):
+        cached.write_bytes(left)
+        assert len(tokenized()) == 1500
+        assert cached.read_bytes() == whole
 
 
 def test_several_processes_tokenize_what_one_does(config, tmp_path):

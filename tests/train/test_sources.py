@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -169,6 +170,16 @@ def test_a_parquet_file_with_a_byte_of_no_text_is_named(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"two", b"t\xfeo"))
     with pytest.raises(DataError, match="rows.parquet: not a readable Parquet file"):
         read(path)
+
+
+def test_what_a_death_cut_off_in_the_cache_is_read_anew(tmp_path):
+    path = write_corpus(tmp_path / "a.jsonl", 2500)
+    (cached,) = {row["filename"] for row in load_documents(DataConfig(path=str(path))).cache_files}
+    whole = Path(cached).read_bytes()
+    for left in (b"", whole[:99], first_batch_of(Path(cached))):
+        Path(cached).write_bytes(left)
+        assert len(read(path)) == 2500
+        assert Path(cached).read_bytes() == whole
 
 
 @pytest.mark.parametrize("path", ["/no/such/place", "no.jsonl", "./nothing", "a/b/c"])

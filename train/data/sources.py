@@ -254,7 +254,7 @@ def _generate(read: Read, arguments: dict[str, Any], streaming: bool) -> Dataset
     recipe = json.dumps([code, sys.version, read.__name__, arguments])
     key = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
     path = Path(datasets.config.HF_DATASETS_CACHE) / "cierzo" / f"{key}.arrow"
-    if not path.exists():
+    if not path.exists() or not is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:

@@ -1,8 +1,11 @@
 """Documents as datasets of token ids, which a second process finds in the cache."""
 
+import contextlib
 import hashlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,16 +37,8 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, workers: in
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"input_ids": document_ids(tokenizer, batch["text"])}
 
-    return documents.map(
-        encode,
-        batched=True,
-        batch_size=256,
-        remove_columns=documents.column_names,
-        features=Features({"input_ids": List(Value("int32"))}),
-        num_proc=workers if workers > 1 else None,
-        new_fingerprint=_fingerprint(documents, tokenizer),
-        desc="tokenizing",
-    )
+    features = Features({"input_ids": List(Value("int32"))})
+    return _mapped(documents, encode, features, workers, _fingerprint(documents, tokenizer))
 
 
 def encode(documents: Dataset, encoder: Encoder | LabelledEncoder) -> Dataset:
@@ -70,17 +65,32 @@ def encode(documents: Dataset, encoder: Encoder | LabelledEncoder) -> Dataset:
         }
         return pa.table(columns | {name: batch.column(name) for name in ("source", "part")}).cast(ENCODED.arrow_schema)
 
-    encoded = documents.with_format("arrow").map(
-        work,
-        batched=True,
-        batch_size=256,
-        remove_columns=documents.column_names,
-        features=ENCODED,
-        num_proc=encoder.data.workers if encoder.data.workers > 1 else None,
-        new_fingerprint=_fingerprint(documents, encoder.tokenizer, *encoder.described()),
-        desc="tokenizing",
-    )
-    return encoded.with_format(None)
+    fingerprint = _fingerprint(documents, encoder.tokenizer, *encoder.described())
+    return _mapped(documents.with_format("arrow"), work, ENCODED, encoder.data.workers, fingerprint).with_format(None)
+
+
+def _mapped(
+    documents: Dataset, work: Callable[[Any], Any], features: Features, workers: int, fingerprint: str
+) -> Dataset:
+    """Makes a row of each document, or finds them in the cache; what a death cut off there is made anew."""
+
+    def mapped(*, anew: bool) -> Dataset:
+        return documents.map(
+            work,
+            batched=True,
+            batch_size=256,
+            remove_columns=documents.column_names,
+            features=features,
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint=fingerprint,
+            load_from_cache_file=False if anew else None,
+            desc="tokenizing",
+        )
+
+    with contextlib.suppress(pa.ArrowException, OSError):
+        if len(rows := mapped(anew=False)) == len(documents):
+            return rows
+    return mapped(anew=True)
 
 
 def _fingerprint(documents: Dataset, tokenizer: PreTrainedTokenizerBase, *more: str) -> str:
