@@ -1,14 +1,16 @@
 """Runs many runs in one process group: `python -m tests.multiprocess.many_runs JOBS.json`.
 
-A job is the words of a run and, where asked for, that it dies by an error when a step begins (`dies_at`), saves once
-more what it restored before it goes on (`resaves`), or that a rank signals itself in a step (`signals`). The main
-process writes the exit codes of all into JOBS.codes.
+A job is the words of a run and, where asked for, that it dies by an error when a step begins (`dies_at`; each of its
+steps awaits what is being written beside it, so that what it leaves is no matter of time), saves once more what it
+restored before it goes on (`resaves`), or that a rank signals itself in a step (`signals`). The main process writes the
+exit codes of all into JOBS.codes.
 """
 
 import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch.distributed as dist
@@ -43,6 +45,9 @@ def run(
 
     def step_or_die(*inputs):
         taken[0] += 1
+        for thread in threading.enumerate() if dies_at else ():
+            if thread.name == "checkpoint":
+                thread.join()
         if taken[0] == dies_at:
             raise Died
         if signals and (int(os.environ.get("RANK", "0")), taken[0]) == tuple(signals[:2]):
