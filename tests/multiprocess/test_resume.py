@@ -10,6 +10,8 @@ import pytest
 
 from tests.multiprocess.layouts import LAYOUTS, TOLERANCES, TRANSITIONS, cross, launch_jobs, pairs
 from tests.train.helpers import metrics, read_json, write_corpus
+from tests.train.test_checkpoint import write_pairs
+from tests.train.test_labelled import labelled
 from tests.warm import launch_ranks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
@@ -79,6 +81,30 @@ def test_two_processes_go_on_bit_by_bit_after_two_deaths_in_every_layout(tmp_pat
         assert [row["step"] for row in metrics(died)] == list(range(9))
         steps = re.findall(f"goes on after step ([0-9]+) from {died}/", said)
         assert steps == ["3", "3" if died == names[BESIDE][1] else "6"]
+
+
+def test_two_processes_go_on_with_the_rows_that_follow_whatever_the_data_is(tmp_path):
+    """A death in step 5, after a checkpoint of step 3; an epoch of the rows at hand ends in a later step."""
+    corpus, pairs, classes = (tmp_path / f"{name}.jsonl" for name in ("corpus", "pairs", "classes"))
+    write_corpus(corpus, documents=24)
+    write_pairs(pairs, 40)
+    classes.write_text("".join(json.dumps(row) + "\n" for row in labelled("classification", 20)))
+    big = ["data.tokenizer=mixtral", "model.vocab_size=32000"]
+    streamed = [*big, "data.streaming=true", "data.shuffle_buffer=8"]
+    samples = ["data.chat_template=none", "data.packing_window=8", f"data.path={pairs}"]
+    cases = {
+        "samples": [*samples, "parallel.zero=2", "parallel.expert=2"],
+        "a stream": [*streamed, f"data.path={corpus}", "train.gradient_accumulation_steps=2"],
+        "a stream of samples": [*streamed, *samples, "parallel.zero=1", "parallel.expert=2"],
+        "labels": [*big, f"data.path={classes}", "data.format=classification", "data.too_long=cut", "parallel.zero=3"],
+    }
+    jobs = []
+    for name, words in cases.items():
+        whole_run, died = ([*EVERY, *words, f"run.dir={tmp_path / kind / name}"] for kind in ("whole", "died"))
+        jobs += [{"words": whole_run}, {"words": died, "dies_at": 5}, {"words": died}]
+    assert launch_jobs(tmp_path, 2, jobs)[0] == [0, 99, 0] * len(cases)
+    for name in cases:
+        assert_same(tmp_path / "died" / name, tmp_path / "whole" / name)
 
 
 def test_the_transitions_cover_every_pair_of_processes_experts_zero_and_precision():

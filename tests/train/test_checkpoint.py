@@ -28,9 +28,13 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data") / "chats.jsonl", 80)
+
+
+def write_pairs(path, count):
     """Samples of any length, which are packed."""
-    path, draw = tmp_path_factory.mktemp("data") / "chats.jsonl", random.Random(1)
-    rows = [{"prompt": "past " * draw.randint(1, 5), "completion": "wind " * draw.randint(1, 9)} for _ in range(80)]
+    draw = random.Random(1)
+    rows = [{"prompt": "past " * draw.randint(1, 5), "completion": "wind " * draw.randint(1, 9)} for _ in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
