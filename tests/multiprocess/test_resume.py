@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from tests.multiprocess.layouts import LAYOUTS, TOLERANCES, TRANSITIONS, cross, launch_jobs, pairs
-from tests.train.helpers import metrics, read_json, write_corpus
+from tests.train.helpers import SMALL, metrics, read_json, write_corpus
 from tests.train.test_checkpoint import write_pairs
 from tests.train.test_labelled import labelled
 from tests.warm import launch_ranks
@@ -187,6 +187,22 @@ def test_a_killed_process_takes_the_other_along_and_both_go_on_bit_by_bit(tmp_pa
     assert codes == [0, 0]
     assert f"goes on after step 3 from {tmp_path / 'killed'}" in said
     assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_for_one_process_ends_both_with_six_and_leaves_what_was_saved(tmp_path, corpus):
+    """The second process may write no file past 200 kB from step 5 on; that of its part of a checkpoint has more."""
+    words = [f"data.path={corpus}", *EVERY, "evaluate.sample_tokens=0", "parallel.zero=2", "parallel.expert=2"]
+    whole_run, full = ([*words, f"run.dir={tmp_path / name}"] for name in ("whole", "full"))
+    done = launch_ranks(2, "tests.train.small_disk", "1", "5", "200000", *SMALL, *full, timeout=100)
+    assert done.returncodes == [6, 6], done.stderr[-3000:]
+    message = read_json(tmp_path / "full" / "exit.json")["message"]
+    assert "the checkpoint of step 6 was not written, those before it are untouched" in message
+    assert "rank-00001.safetensors: File too large" in message
+    assert {path.name for path in (tmp_path / "full" / "checkpoints").iterdir()} == {"latest", "step-00000003"}
+    codes, said = launch_jobs(tmp_path, 2, [{"words": whole_run}, {"words": full}])
+    assert codes == [0, 0]
+    assert f"goes on after step 3 from {tmp_path / 'full'}" in said
+    assert_same(tmp_path / "full", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

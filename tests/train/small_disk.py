@@ -1,5 +1,9 @@
-"""Trains on a disk that becomes too small: `python -m tests.train.small_disk STEP LARGEST_BYTES WORDS...`."""
+"""Trains on a disk that becomes too small for one process.
 
+`python -m tests.train.small_disk RANK STEP LARGEST_BYTES WORDS...`
+"""
+
+import os
 import resource
 import sys
 
@@ -21,5 +25,6 @@ def shrink_at(step: int, largest_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    shrink_at(int(sys.argv[1]), int(sys.argv[2]))
-    sys.exit(main(["train", *sys.argv[3:]]))
+    if sys.argv[1] == os.environ.get("RANK", "0"):
+        shrink_at(int(sys.argv[2]), int(sys.argv[3]))
+    sys.exit(main(["train", *sys.argv[4:]]))

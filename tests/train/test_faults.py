@@ -363,7 +363,7 @@ def test_checkpoints_that_cannot_be_written_end_the_run_before_its_first_step(co
 def test_a_full_disk_ends_the_run_with_six_and_leaves_what_was_saved(corpus, finished, tmp_path):
     """Files may not grow past 700 kB from the fifth step on; a checkpoint's has 920."""
     words = [f"data.path={corpus}", *STEPS]
-    done = launch_ranks(1, "tests.train.small_disk", "5", "700000", *SMALL, *words, f"run.dir={tmp_path / 'run'}")
+    done = launch_ranks(1, "tests.train.small_disk", "0", "5", "700000", *SMALL, *words, f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 6, done.stderr[-3000:]
     assert "the checkpoint of step 6 was not written, those before it are untouched" in done.stderr
     assert "rank-00000.safetensors: File too large" in done.stderr
@@ -376,7 +376,7 @@ def test_a_full_disk_ends_the_run_with_six_and_leaves_what_was_saved(corpus, fin
 @pytest.mark.slow
 def test_figures_that_the_disk_does_not_take_end_the_run_with_six(corpus, finished, tmp_path):
     words = [f"data.path={corpus}", *STEPS]
-    done = launch_ranks(1, "tests.train.small_disk", "5", "2700", *SMALL, *words, f"run.dir={tmp_path / 'run'}")
+    done = launch_ranks(1, "tests.train.small_disk", "0", "5", "2700", *SMALL, *words, f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 6, done.stderr[-3000:]
     assert "metrics.jsonl cannot be written: File too large" in done.stderr
     assert read_json(tmp_path / "run" / "exit.json")["code"] == 6
