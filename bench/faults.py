@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.multiprocess.layouts import LAYOUTS, TOLERANCES, cross
+from tests.multiprocess.layouts import ADAPTERS, LAYOUTS, cross
 from tests.train.helpers import SMALL, metrics, read_json, torchrun, write_corpus
 from tests.warm import launch_ranks
 from train.checkpoint.find import find, listed, read_name
@@ -239,18 +239,22 @@ def requests(campaign: Campaign, outcome: Outcome) -> None:
 
 
 def resumes(campaign: Campaign, outcome: Outcome) -> None:
-    """Goes on in each other's layout; every other transition in bf16."""
+    """Goes on in each other's layout; a third of the transitions are of bf16, and a third of adapters."""
     count = len(LAYOUTS)
     every = [(one, other) for one in range(count) for other in range(count) if one != other]
     corpus = write_corpus(campaign.home / "short.jsonl", documents=24)
     chosen = sorted(campaign.draw.sample(every, min(campaign.transitions, len(every))))
-    for parity, precision in enumerate(TOLERANCES):
-        pairs = [(LAYOUTS[one], LAYOUTS[other]) for one, other in chosen if (one + other) % 2 == parity]
-        (campaign.home / precision).mkdir()
-        for problems in cross(campaign.home / precision, corpus, precision, pairs):
+    base = campaign.home / "base"
+    assert campaign.run(base, "train.max_steps=1", "model.attention_dropout=0", f"data.path={corpus}") == 0
+    kinds: dict[str, tuple[str, list[str]]] = {"fp32": ("fp32", []), "bf16": ("bf16", [])}
+    kinds["adapters"] = ("fp32", [f"model.init_from={base / 'export'}", *ADAPTERS])
+    for remainder, (kind, (precision, words)) in enumerate(kinds.items()):
+        pairs = [(LAYOUTS[one], LAYOUTS[other]) for one, other in chosen if (one + other) % 3 == remainder]
+        (campaign.home / kind).mkdir()
+        for problems in cross(campaign.home / kind, corpus, precision, pairs, *words):
             outcome.tried += 1
             for problem in problems:
-                outcome.expect(False, f"{precision}, {problem}")
+                outcome.expect(False, f"{kind}, {problem}")
 
 
 def poisoned(campaign: Campaign, outcome: Outcome) -> None:

@@ -62,6 +62,13 @@ CHOSEN = {  # a covering set, see `pairs`, and what has more than two expert ran
         (4, 1, 2): [(1, 1, 1), (4, 1, 0)],
     },
 }
+ADAPTERS = ["lora.rank=4", "lora.targets=q_proj,o_proj,lm_head,gate", "optim.lr=1e-2", "schedule.warmup_steps=0"]
+ADAPTED = [
+    (Layout(1, 1, 0), Layout(2, 2, 3)),
+    (Layout(2, 2, 2), Layout(1, 1, 0)),
+    (Layout(2, 2, 2), Layout(4, 1, 0)),
+    (Layout(4, 2, 3), Layout(1, 1, 1)),
+]
 TRANSITIONS: dict[str, list[Transition]] = {
     precision: [(Layout(*one), Layout(*other)) for one, others in chosen.items() for other in others]
     for precision, chosen in CHOSEN.items()
@@ -96,7 +103,9 @@ def whole(checkpoint: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def cross(folder: Path, corpus: Path, precision: str, transitions: Iterable[Transition]) -> Iterator[list[str]]:
+def cross(
+    folder: Path, corpus: Path, precision: str, transitions: Iterable[Transition], *words: str
+) -> Iterator[list[str]]:
     """Goes from layout to layout, and yields for each transition what is not as it should be.
 
     A run saves after step 3 and goes on to step 6. One in another layout begins with that checkpoint and saves what it
@@ -104,7 +113,7 @@ def cross(folder: Path, corpus: Path, precision: str, transitions: Iterable[Tran
     """
     transitions = list(transitions)
     common = [f"data.path={corpus}", "checkpoint.every=3", "train.max_steps=6", f"train.precision={precision}"]
-    common += ["checkpoint.keep_last=3", "optim.eps=1e-6", "train.router_loss_scope=previous_step"]
+    common += ["checkpoint.keep_last=3", "optim.eps=1e-6", "train.router_loss_scope=previous_step", *words]
     first = {layout: folder / "-".join(map(str, layout)) for layout in dict.fromkeys(pair[0] for pair in transitions)}
     then = {pair: folder / " to ".join("-".join(map(str, layout)) for layout in pair) for pair in transitions}
     jobs = [(layout, {"words": [f"run.dir={path}"]}) for layout, path in first.items()]

@@ -8,8 +8,18 @@ from itertools import product
 
 import pytest
 
-from tests.multiprocess.layouts import LAYOUTS, TOLERANCES, TRANSITIONS, cross, launch_jobs, pairs
-from tests.train.helpers import SMALL, metrics, read_json, write_corpus
+from tests.multiprocess.layouts import (
+    ADAPTED,
+    ADAPTERS,
+    LAYOUTS,
+    STEP_3,
+    TOLERANCES,
+    TRANSITIONS,
+    cross,
+    launch_jobs,
+    pairs,
+)
+from tests.train.helpers import SMALL, metrics, read_json, run_small, write_corpus
 from tests.train.test_checkpoint import write_pairs
 from tests.train.test_labelled import labelled
 from tests.warm import launch_ranks
@@ -123,6 +133,15 @@ def test_any_layout_takes_up_any_others_state_bit_by_bit_and_trains_on_alike(tmp
     problems = list(cross(tmp_path, corpus, precision, TRANSITIONS[precision]))
     assert len(problems) == len(TRANSITIONS[precision])
     assert [line for found in problems for line in found] == []
+
+
+def test_any_layout_takes_up_any_others_adapters_bit_by_bit_and_trains_on_alike(tmp_path, corpus):
+    """Of weights that are not saved but read again, by processes that hold other experts than those before."""
+    assert run_small(tmp_path / "base", f"data.path={corpus}", "train.max_steps=1", "evaluate.sample_tokens=0") == 0
+    words = [f"model.init_from={tmp_path / 'base' / 'export'}", *ADAPTERS]
+    problems = list(cross(tmp_path, corpus, "fp32", ADAPTED, *words))
+    assert problems == [[]] * len(ADAPTED)
+    assert all("lora_" in name for name in read_json(tmp_path / "1-1-0" / STEP_3 / "state.json")["parameters"])
 
 
 UNEQUAL = {  # a last step whose rows are all one process's; steps in which most experts have no row
