@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import time
 import tomllib
 from pathlib import Path
@@ -208,6 +209,19 @@ def test_a_hub_that_cannot_be_reached_ends_with_six_in_time_and_what_was_wanted(
         "model.init_from=someone/nowhere@v1: no such file or folder, and the hub at http://127.0.0.1:9" in done.stderr
     )
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_a_run_of_local_files_asks_nothing_of_the_hub(given, tmp_path):
+    """Not offline, with a hub that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        online = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        words = [f"run.dir={tmp_path / 'run'}", f"data.path={given.parents[1] / 'corpus.jsonl'}", "train.max_steps=1"]
+        done = launch(PYTHON, *SMALL, *words, f"model.init_from={given}", timeout=200, **online)
+        assert done.returncode == 0, done.stderr
+        hub.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            hub.accept()
 
 
 def test_a_secret_in_the_environment_or_in_a_mistaken_word_is_found_nowhere(tmp_path, capfd, monkeypatch):
