@@ -290,9 +290,13 @@ def test_a_clock_that_jumps_changes_neither_what_is_kept_nor_a_duration(corpus, 
         assert 0 <= row["data_wait_fraction"] <= 1
 
 
-def test_other_data_under_the_same_name_ends_with_three(died, finished, corpus, tmp_path, capsys):
+STREAMED = ["data.streaming=true", "data.tokenizer=mixtral", "model.vocab_size=32000", "data.shuffle_buffer=8"]
+
+
+@pytest.mark.parametrize("streamed", [[], STREAMED], ids=["at hand", "a stream"])
+def test_other_data_under_the_same_name_ends_with_three(corpus, streamed, tmp_path, capsys):
     corpus = shutil.copy(corpus, tmp_path / "corpus.jsonl")
-    words = [f"data.path={corpus}", *STEPS]
+    words = [f"data.path={corpus}", *STEPS, *streamed]
     assert run(["train.max_steps=8", *words, f"run.dir={tmp_path / 'run'}"], dies_at=5) == 99
     rows = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*rows[1:], rows[0]]) + "\n")

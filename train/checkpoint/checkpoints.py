@@ -424,8 +424,10 @@ def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, "deepspeed": metadata.version("deepspeed")}
 
 
-def _words(data: dict[str, Any] | None) -> str:
-    return f"{data['documents']:,} documents of {data['tokens']:,} tokens" if data else "a stream"
+def _words(data: dict[str, Any]) -> str:
+    if "streamed" in data:
+        return f"a stream whose first {data['streamed']} documents have the SHA-256 {data['sha256'][:8]}"
+    return f"{data['documents']:,} documents of {data['tokens']:,} tokens"
 
 
 def _random(device: torch.device) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The data of a run: which rows each process takes at each step, prepared ahead of it."""
 
 import hashlib
+import json
 import queue
 import threading
 from collections import Counter
@@ -46,7 +47,7 @@ from train.errors import DataError
 T = TypeVar("T")
 Documents = Iterator[dict[str, Any]]
 LISTED_LABELS = 8
-FINGERPRINTED = 256  # documents whose every token is looked at
+FINGERPRINTED = 256  # documents of which all is looked at
 
 
 @dataclass
@@ -113,6 +114,7 @@ class Data:
         labels: what there is to tell apart, for a classifier.
         sources: rows of the held-out documents of each source, where there are several.
         places: where each training document at hand comes from, as `source`; see `load_documents`.
+        streamed: documents of a stream, in their order; None without streaming.
     """
 
     rows: PackedRows | SampleRows | None
@@ -125,6 +127,7 @@ class Data:
     labels: Labels | None = None
     sources: dict[str, PackedRows | SampleRows] = field(default_factory=dict)
     places: Dataset | None = None
+    streamed: IterableDataset | None = None
 
     def __str__(self) -> str:
         held_out = f"{len(self.held_out_documents)} held out"
@@ -186,10 +189,12 @@ class Data:
             found = [[one for row in indices for one in rows.documents_in(row)] for indices in share.rows(step)]
         return [list(self.places.select(list(dict.fromkeys(documents)))["source"]) for documents in found]
 
-    def fingerprint(self) -> dict[str, Any] | None:
-        """Describes the training documents at hand, as far as telling them from others needs; None of a stream."""
+    def fingerprint(self) -> dict[str, Any]:
+        """Describes the training documents as far as telling them from others needs; of a stream, the first of them."""
         if self.rows is None:
-            return None
+            assert self.streamed is not None
+            texts = [row["text"] for row in self.streamed.take(FINGERPRINTED)]
+            return {"streamed": len(texts), "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
         lengths = self.rows.lengths
         digest = hashlib.sha256(lengths.astype("<i8").tobytes())
         filled = np.flatnonzero(lengths)
@@ -328,7 +333,7 @@ def _pack_texts(
             shuffle_buffer=data.shuffle_buffer if data.shuffle else 1,
         )
 
-    return Data(None, stream, kept, held_out, length, counts, problems)
+    return Data(None, stream, kept, held_out, length, counts, problems, streamed=training)
 
 
 def _pack_samples(
@@ -368,7 +373,7 @@ def _pack_samples(
         parts = ((sample.ids, sample.trained) for sample in samples)
         return pack_sample_stream(parts, length, window=window, seed=seed, shuffle=data.shuffle)
 
-    return Data(None, stream, held_out_rows, held_out, length, counts, problems)
+    return Data(None, stream, held_out_rows, held_out, length, counts, problems, streamed=training)
 
 
 def _pack_labelled(training: Dataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> Data:
