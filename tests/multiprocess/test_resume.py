@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import time
 from itertools import product
 
 import pytest
@@ -196,11 +195,11 @@ def test_a_killed_process_takes_the_other_along_and_both_go_on_bit_by_bit(tmp_pa
     whole_run, killed = ([*words, f"run.dir={tmp_path / name}"] for name in ("whole", "killed"))
     jobs = tmp_path / "killed.json"
     jobs.write_text(json.dumps([{"words": killed, "signals": [1, 5, "SIGKILL"]}]))
-    started = time.monotonic()
     done = launch_ranks(2, "tests.multiprocess.many_runs", str(jobs), timeout=100)
     assert done.returncodes[1] == -signal.SIGKILL
     assert done.returncodes[0] != 0, done.stderr
-    assert time.monotonic() - started < 60
+    logged, ended = ((tmp_path / "killed" / name).stat().st_mtime for name in ("metrics.jsonl", "exit.json"))
+    assert ended - logged < 10
     assert read_json(tmp_path / "killed" / "exit.json")["code"] != 0
     codes, said = launch_jobs(tmp_path, 2, [{"words": whole_run}, {"words": killed}])
     assert codes == [0, 0]
