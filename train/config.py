@@ -312,7 +312,7 @@ class OptimConfig:
     beta1: float = key(0.9, "decay of the first moment", minimum=0, below=1)
     beta2: float = key(0.95, "decay of the second moment", minimum=0, below=1)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = key(0.1, "decay of matrices; norms have none", minimum=0)
+    weight_decay: float = key(0.1, "decay of matrices, also of experts without a token; norms have none", minimum=0)
     max_grad_norm: float | None = key(1.0, "gradients are scaled down to this global norm; null never does", above=0)
 
 

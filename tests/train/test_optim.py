@@ -54,6 +54,22 @@ def test_matrices_decay_and_vectors_do_not():
     assert (parameters["norm"] == 1).all()
 
 
+def test_an_expert_without_a_token_decays_as_the_others_do(make_model):
+    """Its gradient is zero, and not missing, so that the optimizer steps with it."""
+    model = make_model(num_hidden_layers=1, num_experts_per_tok=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight.zero_()  # all choose the first
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(lr=0.1, weight_decay=0.5))
+    before = model.model.layers[0].mlp.experts.down_proj.detach().clone()
+    ids = torch.randint(0, 128, (2, 9))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    after = model.model.layers[0].mlp.experts.down_proj
+    idle = [expert for expert in range(8) if (after.grad[expert] == 0).all()]
+    assert len(idle) == 7
+    assert torch.equal(after[idle], before[idle] * (1 - 0.1 * 0.5))
+
+
 def test_updates_too_small_for_bf16_add_up_in_the_master_weights():
     model = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
