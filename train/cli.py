@@ -1,15 +1,12 @@
 """The command line: `cierzo VERB ...`, `python -m train ...`. Words in, exit code out."""
 
-import contextlib
-import os
-import select
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import ConfigError, UserError, report
+from train.unread import quiet_once_unread
 
 if TYPE_CHECKING:
     from train.compose import Composed
@@ -47,32 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with the code of SIGPIPE, when nobody reads what is printed any more.
     """
-    with _quiet_once_unread():
+    with quiet_once_unread():
         return _do(argv)
-
-
-@contextlib.contextmanager
-def _quiet_once_unread() -> Iterator[None]:
-    """Ends the process without a traceback when what reads its standard output has ended, as `head` does."""
-    try:
-        try:
-            yield
-        except SystemExit:  # of argparse, once it has printed help
-            sys.stdout.flush()
-            raise
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not _is_unread(sys.stdout.fileno()):
-            raise  # of another pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
-        raise SystemExit(128 + signal.SIGPIPE) from None
-
-
-def _is_unread(descriptor: int) -> bool:
-    """Says whether a pipe has no reader."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _do(argv: Sequence[str] | None) -> int:
@@ -143,7 +116,7 @@ def _main_of(verb: str) -> Callable[[Sequence[str]], int]:
         from train.plan.verb import main as plan
 
         return plan
-    from train.inspect_data import inspect_data
+    from train.inspect_data.verb import inspect_data
 
     return inspect_data
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from train.errors import CheckpointError, ConfigError, MachineError, UserError, report
+from train.unread import quiet_once_unread
 
 if TYPE_CHECKING:
     import torch
@@ -358,4 +359,5 @@ def _gigabytes(size: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with quiet_once_unread():
+        sys.exit(main(sys.argv[1:]))

@@ -20,6 +20,7 @@ from train.lora import adapter_of
 from train.merge import main
 from train.model import head_of, write_config
 from train.parallel.engine import Engine, Piece
+from train.unread import quiet_once_unread
 
 CARD = """\
 ---
@@ -220,4 +221,5 @@ def _precision(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with quiet_once_unread():
+        sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from train.config import LoraConfig
 from train.errors import CheckpointError, ConfigError, MachineError, NumericsError, UserError, report
 from train.inherit import inherit_adapter, scale_of
+from train.unread import quiet_once_unread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,4 +276,5 @@ def table_of(path: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with quiet_once_unread():
+        sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,6 @@ from train.model import model_config
 from train.observe.observer import Observer
 from train.observe.progress import header
 from train.observe.trackers import open_tracker
-from train.optim import warm_up_warning
 from train.parallel.engine import Engine
 from train.parallel.layout import open_engine
 from train.setup import choose_folder, number_of_steps, open_data, open_prompts, quiet_libraries, signals_as_errors
@@ -59,8 +58,6 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     drift = begin(engine, model, checkpoints, config, data)
     if folder:
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
-        if warning := warm_up_warning(max_steps, config.optim.lr, config.schedule):
-            print(warning)
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer, checkpoints.finished():
         keep = keeper_of_best(engine, tokenizer, data, config, observer)

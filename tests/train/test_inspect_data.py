@@ -14,7 +14,7 @@ from tests.train.helpers import SMALL, read_json
 from train.cli import main
 from train.data.prepare import TWEETS_FILE, chatterbot, divide, divide_tweets, tweets, words_of
 from train.data.tokenizer import mixtral_tokenizer
-from train.inspect_data import _histogram, marked
+from train.inspect_data.verb import _histogram, marked
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from mixtral import MixtralConfig
 from train.config import Config
 from train.observe.counts import count
+from train.optim import warm_up_warning
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -27,7 +28,7 @@ def drifted(row: dict[str, Any]) -> str:
 
 
 def header(config: Config, model: MixtralConfig, size: str, max_steps: int, processes: int, device: str) -> str:
-    """Describes a run in a few aligned lines."""
+    """Describes a run in a few aligned lines, and warns of what can hardly be meant."""
     plural = f"{processes} process{'es' if processes > 1 else ''}"
     parameters = model.count_parameters()
     train, data = config.train, config.data
@@ -42,7 +43,9 @@ def header(config: Config, model: MixtralConfig, size: str, max_steps: int, proc
         "run": f"{max_steps} steps in {train.precision} on {processes} x {device}",
         "folder": str(config.run.dir),
     }
-    return "\n".join(f"{name:>8}  {text}" for name, text in lines.items())
+    described = [f"{name:>8}  {text}" for name, text in lines.items()]
+    warning = warm_up_warning(max_steps, config.optim.lr, config.schedule)
+    return "\n".join(described if warning is None else [*described, warning])
 
 
 class Progress:

@@ -228,9 +228,3 @@ def marked(ids: "np.ndarray", trained: "np.ndarray", tokenizer: "PreTrainedToken
         part = after[len(before) :]
         parts.append(f"{begin}{part}{end}" if is_predicted[first] else part)
     return "".join(parts)
-
-
-if __name__ == "__main__":
-    from train.cli import main
-
-    sys.exit(main(["inspect_data", *sys.argv[1:]]))

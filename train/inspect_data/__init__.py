@@ -1,0 +1,1 @@
+"""What a recipe's data comes to, without a model and without training."""
