@@ -15,11 +15,13 @@ def quiet_once_unread() -> Iterator[None]:
         try:
             yield
         except SystemExit:  # of argparse, once it has printed help
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             raise
-        sys.stdout.flush()
+        if sys.stdout is not None:  # which is closed
+            sys.stdout.flush()
     except BrokenPipeError:
-        if not _is_unread(sys.stdout.fileno()):
+        if sys.stdout is None or not _is_unread(sys.stdout.fileno()):
             raise  # of another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
         raise SystemExit(128 + signal.SIGPIPE) from None

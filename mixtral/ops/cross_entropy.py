@@ -71,8 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(logits, weight_VH, out=grad_hidden[rows])
             if needs_weight:
-                product = logits.t() @ hidden_TH[rows]
-                grad_weight = product.to(accumulate) if grad_weight is None else _add(grad_weight, product)
+                grad_weight = _sum(grad_weight, logits.t() @ hidden_TH[rows], accumulate)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VH.dtype
         return total
@@ -85,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             for part, out in _in_cache(grad_weight, scaled):
-                out.copy_(part * grad_total)
+                torch.mul(part, grad_total, out=out)
             grad_weight = scaled
         return grad_hidden, grad_weight, None, None
 
@@ -97,7 +96,10 @@ def _in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
-def _add(total: Tensor, product: Tensor) -> Tensor:
+def _sum(total: Tensor | None, product: Tensor, dtype: torch.dtype) -> Tensor:
+    """Adds a product to a total in a dtype, in place; without one it begins it."""
+    if total is None:
+        return product.to(dtype)
     for part, added in _in_cache(total, product):
         part += added
     return total

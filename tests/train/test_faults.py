@@ -304,6 +304,14 @@ def test_other_data_under_the_same_name_ends_with_three(corpus, streamed, tmp_pa
     assert "is of a run on other data" in capsys.readouterr().err
 
 
+def test_a_stream_of_which_a_checkpoint_says_nothing_goes_on(corpus, tmp_path):
+    words = [f"data.path={corpus}", *STEPS, *STREAMED, f"run.dir={tmp_path / 'run'}"]
+    assert run(["train.max_steps=8", *words], dies_at=5) == 99
+    (newest,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    plant(newest, "state.json", json.dumps(read_json(newest / "state.json") | {"data": None}).encode(), step=3)
+    assert run(words) == 0
+
+
 def test_going_back_takes_the_named_checkpoint_and_sets_the_later_ones_aside(died, finished, corpus):
     words = [f"data.path={corpus}", *STEPS]
     assert run_small(died, *words, f"checkpoint.resume={died / 'checkpoints' / 'step-00000003'}") == 0

@@ -1,5 +1,6 @@
 """Streams of labelled texts: the samples that are at hand too, in steps of the same make, from any step on."""
 
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -141,14 +142,41 @@ def test_a_stream_holds_out_a_share_that_it_never_trains_on(config, tokenizer):
 
 def test_labels_of_a_stream_must_be_named_and_those_at_its_beginning_are(config, tokenizer, tmp_path, capsys):
     config.data.labels = []
-    with pytest.raises(ConfigError, match=r"data.labels=\[rain,sun,wind\], which the first 128 rows have"):
+    with pytest.raises(ConfigError, match=r"set 'data.labels=\[rain,sun,wind\]', which its first rows have"):
         load(config, tokenizer, streaming=True)
     assert run_small(tmp_path / "run", f"data.path={config.data.path}", *STREAM, CLASSES[0]) == 2
-    assert "set data.labels=[rain,sun,wind], which the first" in capsys.readouterr().err
+    assert "set 'data.labels=[rain,sun,wind]', which its first rows have" in capsys.readouterr().err
     config.data.format = "regression"
     write(open_path(config), labelled("regression", 40))
     write(open_path(config, held_out=True), labelled("regression", 5))
     assert load(config, tokenizer, streaming=True).labels.names == ("value",)
+
+
+LABELS = {
+    "data.labels=[0,1,2,3,4,5,6,7,8,9,10]": [*range(11)],
+    "the labels 1, 2, 3, ... are not the numbers from 0 on": [1, 2, 3],
+    'data.labels=["a,b",c]': ["a,b", "c"],
+    "named before: set data.labels$": [None],
+}
+
+
+@pytest.mark.parametrize("message", LABELS)
+def test_labels_are_proposed_in_the_order_of_their_indices_or_not_at_all(config, tokenizer, message):
+    config.data.labels, config.data.bad_rows = [], "skip"
+    write(open_path(config), [{"text": "a", "label": label} for label in reversed(LABELS[message])])
+    expected = message if message.endswith("$") else re.escape(message)
+    with pytest.raises((ConfigError, DataError), match=expected):
+        load(config, tokenizer, streaming=True)
+
+
+@pytest.mark.parametrize("change", [{"label": "wind"}, {"text": "other"}])
+def test_a_stream_is_told_from_one_with_other_texts_or_labels(config, tokenizer, change):
+    rows = [{"text": f"text {number}", "label": "sun"} for number in range(9)]
+    write(open_path(config), rows)
+    first = load(config, tokenizer, streaming=True).fingerprint()
+    assert load(config, tokenizer, streaming=True).fingerprint() == first
+    write(open_path(config), [*rows[:3], rows[3] | change, *rows[4:]])
+    assert load(config, tokenizer, streaming=True).fingerprint() != first
 
 
 BAD = {

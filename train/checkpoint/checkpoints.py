@@ -90,7 +90,7 @@ class Checkpoints:
         )
         self._parts: dict[str, Part] = {}
         self._frozen: dict[str, str] | None = None
-        self._data: dict[str, Any] | None = None
+        self._data: dict[str, Any] = {}
         self._found: Found | None = None
         self._pending: Pending | None = None
         if config.checkpoint.resume != "never":
@@ -152,20 +152,25 @@ class Checkpoints:
             DataError: when it is not what the run was trained on.
             CheckpointError: when the checkpoint is not of this model.
         """
-        self._data = data.fingerprint()
+        self._data = self._engine.everywhere(data.fingerprint)
         found = self._found
         if found is None:
             self._engine.on_main(self._start_over)
             return
-        if self._data != found.state["data"]:
-            raise DataError(
-                f"{found.folder} is of a run on other data: {_words(found.state['data'])}, and here "
-                f"{_words(self._data)}; bring back that data, or name another run.dir"
-            )
+        self._engine.everywhere(lambda: self._refuse_other_data(found))
         self._frozen = frozen_digests(self._engine)
         self._engine.everywhere(lambda: self._fill(found))
         self._engine.state.publish()
         self._engine.on_main(lambda: self._rewind(found))
+
+    def _refuse_other_data(self, found: Found) -> None:
+        """Compares what the run is trained on with what it was, as far as the checkpoint tells."""
+        then, now = found.state["data"], self._data
+        if then is not None and then != now:
+            raise DataError(
+                f"{found.folder} is of a run on other data: {_words(then)}, and here {_words(now)}; bring back that "
+                "data, or name another run.dir"
+            )
 
     def _start_over(self) -> None:
         """Says that what was done before a first checkpoint is lost."""

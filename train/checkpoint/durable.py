@@ -14,9 +14,9 @@ import numpy as np
 
 from train.errors import CheckpointError
 
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES, BLOCKS = 1 << 22, 3
 EARLY_BYTES = 1 << 26  # the disk begins after so many, rather than once all are there
-UNDER_WAY = 4  # parts that are hashed or read back while more is written
+UNDER_WAY = 4  # parts that are read back while more is written
 
 
 class Written(NamedTuple):
@@ -34,20 +34,19 @@ class Written(NamedTuple):
 def write_durably(path: Path, parts: Iterable[memoryview], *, read_back: bool = False) -> Written:
     """Writes a new file and forces it to the disk.
 
-    Beside the thread that writes, one hashes what it writes, one reads that back, and one waits for the disk: none of
-    them holds the interpreter's lock.
+    Beside the thread that writes, one reads that back, one hashes it, and one waits for the disk: none of them holds
+    the interpreter's lock.
 
     Args:
         path: of the file.
         parts: its content, each in bytes; a few are held at a time.
-        read_back: whether what was written is compared with what was meant to be.
+        read_back: whether what was written is compared with what was meant to be, and what is hashed is what was read.
 
     Raises:
         OSError: when the disk does not take it.
         CheckpointError: when it is not what is read back.
     """
-    digest, size, early = hashlib.sha256(), 0, 0
-    block = memoryview(bytearray(BLOCK_BYTES if read_back else 0))
+    size, early = 0, 0
     under_way: deque[Future[None]] = deque()
     forced: list[Future[None]] = []
     with (
@@ -57,11 +56,10 @@ def write_durably(path: Path, parts: Iterable[memoryview], *, read_back: bool = 
         ThreadPoolExecutor(1, "back") as reading,
         ThreadPoolExecutor(1, "disk") as disk,
     ):
+        read = _Reader(file, hashing)
         for part in parts:
-            under_way.append(hashing.submit(digest.update, part))
             _put(file, part)
-            if read_back:
-                under_way.append(reading.submit(_compare, file, size, part, block))
+            under_way.append(reading.submit(read.back, size, part) if read_back else read.hashed(part))
             size += len(part)
             if size - early >= EARLY_BYTES and all(future.done() for future in forced):
                 forced.append(disk.submit(os.fdatasync, file.fileno()))
@@ -71,21 +69,51 @@ def write_durably(path: Path, parts: Iterable[memoryview], *, read_back: bool = 
         forced.append(disk.submit(os.fsync, file.fileno()))
         for future in (*under_way, *forced):
             future.result()
-    return Written(size, digest.hexdigest())
+        return Written(size, read.sha256())
+
+
+class _Reader:
+    """Reads back what is written into a file, and hashes it in a thread of its own."""
+
+    def __init__(self, file: io.FileIO, hashing: ThreadPoolExecutor) -> None:
+        self._file, self._hashing, self._digest = file, hashing, hashlib.sha256()
+        self._blocks: deque[tuple[memoryview, Future[None]]] = deque()
+
+    def hashed(self, data: memoryview) -> "Future[None]":
+        """Begins to hash what comes next."""
+        return self._hashing.submit(self._digest.update, data)
+
+    def back(self, start: int, meant: memoryview) -> None:
+        """Compares what was written at a place with what was meant to be, and begins to hash what is read.
+
+        Raises:
+            CheckpointError: when it is not that.
+        """
+        while meant:
+            block = self._free_block()
+            size = os.preadv(self._file.fileno(), [block[: len(meant)]], start)
+            if size == 0 or not np.array_equal(np.frombuffer(block[:size], "B"), np.frombuffer(meant[:size], "B")):
+                raise CheckpointError(f"{self._file.name} is damaged: what is read back is not what was written")
+            self._blocks.append((block, self.hashed(block[:size])))
+            start, meant = start + size, meant[size:]
+
+    def _free_block(self) -> memoryview:
+        """Gives memory whose content is hashed."""
+        if len(self._blocks) < BLOCKS:
+            return memoryview(bytearray(BLOCK_BYTES))
+        block, hashed = self._blocks.popleft()
+        hashed.result()
+        return block
+
+    def sha256(self) -> str:
+        """Gives the hash of all that was hashed, once all of it is."""
+        self._hashing.submit(int).result()  # after all others
+        return self._digest.hexdigest()
 
 
 def _put(file: io.FileIO, data: memoryview) -> None:
     while data:
         data = data[file.write(data) :]
-
-
-def _compare(file: io.FileIO, start: int, meant: memoryview, block: memoryview) -> None:
-    """Reads back what was written at a place of a file, by way of a block of memory."""
-    while meant:
-        size = os.preadv(file.fileno(), [block[: len(meant)]], start)
-        if size == 0 or not np.array_equal(np.frombuffer(block[:size], "B"), np.frombuffer(meant[:size], "B")):
-            raise CheckpointError(f"{file.name} is damaged: what is read back is not what was written")
-        start, meant = start + size, meant[size:]
 
 
 def check_file(folder: Path, name: str, expected: Written) -> None:

@@ -7,8 +7,9 @@ are divided among processes and micro-steps: rows that are padded to one length 
 
 import json
 import re
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -82,13 +83,22 @@ def labels_of(documents: Dataset, data: DataConfig) -> Labels:
     problem, given = PROBLEMS[data.format], _given_labels(data)
     if given is not None:
         return given
-    rows = [json.loads(label) for label in column(documents, "label").unique().to_pylist() if label is not None]
-    found = {one for row in rows for one in _several(row)}
+    names = _names(column(documents, "label").unique().to_pylist(), data)
+    if len(names) < (2 if problem == "single_label_classification" else 1):
+        alike = f"the label {names[0]}" if names else "no label, or is a bad row"
+        raise DataError(f"data.path={data.names}: every row has {alike}, which teaches nothing")
+    return Labels(problem, names)
+
+
+def _names(labels: Iterable[str | None], data: DataConfig) -> tuple[str, ...]:
+    """Lists the labels that rows have, in the order of their indices.
+
+    Raises:
+        DataError: where these would not be sure.
+    """
+    found = {one for label in labels if label is not None for one in _several(json.loads(label))}
     numbers = sorted({int(label) for label in found if _is_number(label)})
     named = sorted(label for label in found if not _is_number(label))
-    if len(numbers) + len(named) < (2 if problem == "single_label_classification" else 1):
-        alike = f"the label {min(map(str, found))}" if found else "no label, or is a bad row"
-        raise DataError(f"data.path={data.names}: every row has {alike}, which teaches nothing")
     if numbers and named:
         raise DataError(
             f"data.path={data.names}: some labels are names ({named[0]!r}) and some numbers ({numbers[0]}): write them "
@@ -100,7 +110,7 @@ def labels_of(documents: Dataset, data: DataConfig) -> Labels:
             f"data.path={data.names}: the labels {few}, ... are not the numbers from 0 on: list the names of all in "
             "data.labels"
         )
-    return Labels(problem, tuple(map(str, numbers or named)))
+    return tuple(map(str, numbers or named))
 
 
 def labels_of_stream(documents: IterableDataset, data: DataConfig) -> Labels:
@@ -111,13 +121,12 @@ def labels_of_stream(documents: IterableDataset, data: DataConfig) -> Labels:
     """
     given = _given_labels(data)
     if given is None:
-        seen = [json.loads(row["label"]) for row in documents.take(SEEN) if row["label"] is not None]
-        found = sorted({str(one) for label in seen for one in _several(label)})
-        names = [name if re.fullmatch(r"[\w -]+", name, re.ASCII) else json.dumps(name) for name in found]
+        names = _names((row["label"] for row in documents.take(SEEN)), data)
+        written = [name if re.fullmatch(r"[\w -]+", name, re.ASCII) else json.dumps(name) for name in names]
+        word = shlex.quote(f"data.labels=[{','.join(written)}]") if names else "data.labels"
         raise ConfigError(
             f"data.path={data.names}: with data.streaming=true it is read while a run trains, so all labels must be "
-            f"named before: set data.labels=[{','.join(names)}], which the first {len(seen):,} rows have, and add "
-            "those that they miss"
+            f"named before: set {word}" + (", which its first rows have, and add those that they miss" if names else "")
         )
     return given
 

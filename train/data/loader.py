@@ -193,8 +193,8 @@ class Data:
         """Describes the training documents as far as telling them from others needs; of a stream, the first of them."""
         if self.rows is None:
             assert self.streamed is not None
-            texts = [row["text"] for row in self.streamed.take(FINGERPRINTED)]
-            return {"streamed": len(texts), "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+            first = [[row[name] for name in ("text", "label", "format")] for row in self.streamed.take(FINGERPRINTED)]
+            return {"streamed": len(first), "sha256": hashlib.sha256(json.dumps(first).encode()).hexdigest()}
         lengths = self.rows.lengths
         digest = hashlib.sha256(lengths.astype("<i8").tobytes())
         filled = np.flatnonzero(lengths)
@@ -422,7 +422,7 @@ def _pack_labelled_stream(
 
     stream = LabelledStream(samples, Batches(labels, padding), seed, data.shuffle)
     kept_rows = LabelledRows(kept, length, labels, padding)
-    return Data(None, stream, kept_rows, held_out, length, counts, problems, labels)
+    return Data(None, stream, kept_rows, held_out, length, counts, problems, labels, streamed=training)
 
 
 def _usable_samples(held_out: Dataset, encoded: Dataset, problems: list[tuple[str, str]]) -> Dataset:
@@ -446,7 +446,7 @@ def _epochs(
         documents: in their order.
         data: says how they are shuffled.
         seed: of their order.
-        counts: of those left out.
+        counts: of those left out, the held-out ones among them already.
         made: makes of an epoch's documents what is trained on.
 
     Raises:
@@ -454,6 +454,8 @@ def _epochs(
     """
     if data.shuffle:
         documents = documents.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+
+    held_out = counts.left_out.copy()
 
     def usable_of(epoch: int) -> Documents:
         documents.set_epoch(epoch)
@@ -469,7 +471,7 @@ def _epochs(
             yield one
             is_empty = False
         if is_empty:
-            kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts.left_out.most_common())
+            kinds = ", ".join(f"{number:,} {kind}" for kind, number in (counts.left_out - held_out).most_common())
             raise DataError(f"data.path={data.names}: nothing of the stream can be trained on (left out: {kinds})")
 
 

@@ -338,14 +338,14 @@ def _read_library(root: Path) -> Iterator[tuple[str, str]]:
 
 def _open_saved(path: Path, source: SourceConfig, streaming: bool) -> Dataset | IterableDataset:
     try:
-        cut = next((file for file in sorted(path.rglob("data-*.arrow")) if not is_whole(file)), None)
-        if cut:
-            raise DataError(f"{cut}: its end is missing: copy it, or save the dataset, again")
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
             if source.split not in saved:
                 raise DataError(f"data.split={source.split}: {path} has {' | '.join(saved)}")
             saved = saved[source.split]
+        for file in saved.cache_files:
+            if not is_whole(Path(file["filename"])):
+                raise DataError(f"{file['filename']}: its end is missing: copy it, or save the dataset, again")
         if streaming:
             return saved.to_iterable_dataset()
         saved.data.table.validate(full=True)

@@ -1,6 +1,5 @@
 """Documents as datasets of token ids, which a second process finds in the cache."""
 
-import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable
@@ -87,9 +86,14 @@ def _mapped(
             desc="tokenizing",
         )
 
-    with contextlib.suppress(pa.ArrowException, OSError):
+    try:
         if len(rows := mapped(anew=False)) == len(documents):
             return rows
+    except pa.ArrowException:
+        pass
+    except OSError as error:
+        if error.errno is not None:  # of the disk, not of what is in the cache
+            raise
     return mapped(anew=True)
 
 

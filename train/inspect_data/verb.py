@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.compose import Composed, compose
-from train.config import Config
+from train.config import PROBLEMS, Config
 from train.errors import DataError, StopSignal, UserError, report
 
 if TYPE_CHECKING:
@@ -108,12 +108,15 @@ def _open(config: Config) -> "tuple[Dataset, Dataset]":
     """Opens all documents, or the first ones of a stream."""
     from datasets import Dataset
 
+    from train.data.labelled import labels_of_stream
     from train.data.loader import open_documents
     from train.data.sources import FEATURES
 
     training, held_out = open_documents(config.data)
     if isinstance(training, Dataset):
         return training, held_out
+    if config.data.format in PROBLEMS:
+        labels_of_stream(training, config.data)
     first = Dataset.from_list(list(training.take(STREAMED)), features=FEATURES)
     print(f"data.streaming=true: of the stream, the first {len(first):,} documents are inspected")
     return first, held_out
