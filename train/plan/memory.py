@@ -286,7 +286,6 @@ def _logits(layout: Layout) -> Blocks:
     rows, head = min(CHUNK, layout.tokens), model.vocab_size * model.hidden_size
     trained = layout.trains("lm_head.weight") or (model.tie_word_embeddings and layout.trains("embed_tokens"))
     wide = [rows * model.vocab_size * FP32] * 2 if layout.on_gpu else []  # of a processor's only a few rows at a time
-    adding = [rows * model.vocab_size * b, *wide]
-    adding += [FP32 * head, b * head] if trained else []  # the product of a chunk to the sum
-    scaling = [FP32 * head] * 2 + ([b * head] if b < FP32 else []) if trained else []  # the sum, then rounding it
-    return Blocks.of(max(adding, scaling, key=sum)) + Blocks.of([b * layout.tokens * model.hidden_size])
+    held = [rows * model.vocab_size * b, *wide]
+    held += [FP32 * head, b * head] if trained else []  # the product of a chunk to the sum, which is rounded later
+    return Blocks.of(held) + Blocks.of([b * layout.tokens * model.hidden_size])
