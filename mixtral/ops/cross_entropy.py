@@ -110,11 +110,12 @@ def _to_gradient(logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype, *, wan
     total = logits_TV.new_zeros((), dtype=dtype)
     for logits, labels in _in_cache(logits_TV, labels_T):
         trained = labels != IGNORE_INDEX
-        log_probabilities = logits.to(dtype).log_softmax(dim=-1)
+        wide = logits.to(dtype)
         targets = labels.where(trained, 0).unsqueeze(-1)
-        total -= log_probabilities.gather(-1, targets).squeeze(-1).where(trained, 0.0).sum()
+        gradient = wide.softmax(dim=-1)
+        normalizer = wide.amax(dim=-1) - gradient.amax(dim=-1).log()  # log sum exp: the likeliest is no tiny number
+        total += (normalizer - wide.gather(-1, targets).squeeze(-1)).where(trained, 0.0).sum()
         if wanted:
-            gradient = log_probabilities.exp_()
             gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, -1.0))
             logits.copy_(gradient.mul_(trained.unsqueeze(-1)))
     return total

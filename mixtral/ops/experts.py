@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mixtral.ops.permute import weigh_rows
+from mixtral.ops.permute import sum_choices, weigh_rows
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -308,49 +308,48 @@ class _ExpertFfn(torch.autograd.Function):
     ) -> Tensor:
         keep = settings.keep and any(ctx.needs_input_grad)
         seen = _draw_seen(settings, x_TH, len(order_P))
-        token_P, _, place_R = _places(order_P, weights_TK)
+        token_P, weight_P, place_R = _places(order_P, weights_TK)
         pre_PG: Any = None
         out_PH: Any = None
         if ends_E is None:
             out_PH = x_TH.new_empty(len(order_P), x_TH.shape[1])
             pre_PG = x_TH.new_empty(len(order_P), 2 * settings.inner) if keep else None
         for rows, gate_up, down in _experts(settings, ends_E, tensors, seen):
-            pre_mG = gate_up.of(x_TH[token_P[rows]], _part(pre_PG, rows))
+            pre_mG = gate_up.of(x_TH.index_select(0, token_P[rows]), _part(pre_PG, rows))
             gate_mI, up_mI = pre_mG.chunk(2, dim=-1)
             out_mH = down.of(settings.activation(gate_mI) * up_mI, _part(out_PH, rows))
         if ends_E is not None:
             pre_PG, out_PH = pre_mG, out_mH
         ctx.settings = settings
-        ctx.save_for_backward(order_P, ends_E, x_TH, weights_TK, pre_PG, *seen, *tensors)
+        ctx.save_for_backward(token_P, weight_P, place_R, ends_E, x_TH, weights_TK, pre_PG, *seen, *tensors)
         return weigh_rows(out_PH, place_R, weights_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         settings: _Settings = ctx.settings
-        order_P, ends_E, x_TH, weights_TK, pre_PG, *rest = ctx.saved_tensors
+        token_P, weight_P, place_R, ends_E, x_TH, weights_TK, pre_PG, *rest = ctx.saved_tensors
         seen, tensors, wanted = rest[:2], rest[2:], ctx.needs_input_grad[5:]
-        token_P, weight_P, place_R = _places(order_P, weights_TK)
         grad_weight_P = torch.empty_like(weight_P)
         gradients: list[Tensor | None] = [None] * len(tensors)
         grad_x_PH: Any = None
         if ends_E is None:
             gradients = [torch.empty_like(one) if needed else None for one, needed in zip(tensors, wanted, strict=True)]
-            grad_x_PH = x_TH.new_empty(len(order_P), x_TH.shape[1])
+            grad_x_PH = x_TH.new_empty(len(token_P), x_TH.shape[1])
         for rows, gate_up, down in _experts(settings, ends_E, tensors, seen, gradients, wanted):
             gate_mI, up_mI = pre_PG[rows].chunk(2, dim=-1)
             activated_mI, pull, *_ = torch.func.vjp(settings.activation, gate_mI)
             inner_mI = activated_mI * up_mI
-            grad_mH = (grad_TH[token_P[rows]] * weight_P[rows, None]).to(x_TH.dtype)
+            grad_mH = (grad_TH.index_select(0, token_P[rows]) * weight_P[rows, None]).to(x_TH.dtype)
             grad_inner_mI = down.backward(grad_mH, inner_mI, None)
             grad_weight_P[rows] = inner_mI.mul_(grad_inner_mI).sum(dim=-1, dtype=weight_P.dtype)
             grad_up_mI = grad_inner_mI * activated_mI
             grad_mG = torch.cat([*pull(grad_inner_mI.mul_(up_mI)), grad_up_mI], dim=-1)
-            grad_x_mH = gate_up.backward(grad_mG, x_TH[token_P[rows]], _part(grad_x_PH, rows))
+            grad_x_mH = gate_up.backward(grad_mG, x_TH.index_select(0, token_P[rows]), _part(grad_x_PH, rows))
         if ends_E is not None:
             grad_x_PH, gradients = grad_x_mH, [*gate_up.gradients, *down.gradients]
         grad_weight_P /= weight_P.where(weight_P != 0, 1)  # it was found by way of what the weight multiplied
-        grad_x_TH = grad_x_PH[place_R].unflatten(0, weights_TK.shape).sum(dim=1)
+        grad_x_TH = sum_choices(grad_x_PH.index_select(0, place_R).unflatten(0, weights_TK.shape))
         return None, None, None, grad_x_TH, grad_weight_P[place_R].view_as(weights_TK), *gradients
 
 

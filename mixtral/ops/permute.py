@@ -61,15 +61,22 @@ def weigh_rows(rows_PH: Tensor, place_R: Tensor, weights_TK: Tensor) -> Tensor:
     Returns:
         (T, H), of the dtype of `rows_PH`.
     """
-    rows_TKH = rows_PH[place_R].unflatten(0, weights_TK.shape)
-    return (rows_TKH * weights_TK.unsqueeze(-1)).sum(dim=1).to(rows_PH.dtype)
+    rows_TKH = rows_PH.index_select(0, place_R).unflatten(0, weights_TK.shape)
+    return sum_choices(rows_TKH * weights_TK.unsqueeze(-1)).to(rows_PH.dtype)
+
+
+def sum_choices(rows_TKH: Tensor) -> Tensor:
+    """Sums each token's K rows in at least fp32; two by one addition, since a CPU sums over few slowly."""
+    if rows_TKH.shape[1] == 2:
+        return torch.add(*rows_TKH.unbind(dim=1))
+    return rows_TKH.sum(dim=1)
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, order_R: Tensor, top_k: int) -> Tensor:
         ctx.order_R, ctx.top_k = order_R, top_k
-        return x_TH[order_R // top_k]
+        return x_TH.index_select(0, order_R // top_k)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -80,7 +87,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RH: Tensor, order_R: Tensor, top_k: int) -> Tensor:
         ctx.order_R, ctx.top_k = order_R, top_k
-        return rows_RH[place_of(order_R)].unflatten(0, (-1, top_k)).sum(dim=1)
+        return sum_choices(rows_RH.index_select(0, place_of(order_R)).unflatten(0, (-1, top_k)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

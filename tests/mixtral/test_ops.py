@@ -110,7 +110,8 @@ def test_experts_keep_for_backward_their_tokens_and_what_gate_and_up_gave():
         experts.expert_ffn(*arguments, silu)
     given = {tensor.data_ptr() for tensor in (arguments[0], *assignment, arguments[2][0], arguments[3][0])}
     found = [(tensor.dtype, tensor.numel()) for tensor in kept if tensor.data_ptr() not in given]
-    assert found == [(torch.int64, 640), (torch.float64, 640 * 2 * INNER)]
+    places = [(torch.int64, 640), (torch.float64, 640), (torch.int64, 640)]  # each row's token and weight, and back
+    assert found == [*places, (torch.float64, 640 * 2 * INNER)]
 
 
 def aligned(counts, rank, device="cpu", dtype=torch.float32):

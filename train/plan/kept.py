@@ -114,9 +114,9 @@ def _router(layout: Layout) -> list[float]:
 
 
 def _rows(layout: Layout, rows: float, filled: float, split: bool) -> list[float]:
-    """Bytes of a layer: what the gate and up projections give of its rows, their places, and rows that came here."""
+    """Bytes of a layer: what gate and up projections give of its rows, where these belong, and rows that came here."""
     model, b = layout.config.model, layout.bytes
-    kept = [filled * 2 * model.intermediate_size * b, filled * INDEX]
+    kept = [filled * 2 * model.intermediate_size * b, filled * (2 * INDEX + FP32)]
     if split:
         kept += [rows * model.hidden_size * b, rows * (INDEX + FP32)]
     if layout.config.lora.rank and layout.config.lora.experts and layout.config.lora.dropout:
