@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from mixtral.weights import names
 from mixtral.weights.files import DTYPES, Stored, WeightsError, pickle_header
 
 MAX_SHARD_BYTES = 5_000_000_000
+WRITE_BYTES = 1 << 19  # at a time: for more, Linux takes its memory in pieces of 2 MB, and finding those can cost 10 x
 
 
 class Planned(NamedTuple):
@@ -32,6 +34,16 @@ class Planned(NamedTuple):
     def nbytes(self) -> int:
         """Its size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_whole(file: io.FileIO, data: memoryview) -> None:
+    """Writes all of some bytes where an unbuffered file stands, whatever part of them each call takes.
+
+    Raises:
+        OSError: when the disk does not take them.
+    """
+    while data:
+        data = data[file.write(data[:WRITE_BYTES]) :]
 
 
 @contextlib.contextmanager
@@ -128,8 +140,7 @@ class TensorWriter:
         view = memoryview(flat.view(torch.uint8).numpy().data)
         with stored.path.open("r+b", buffering=0) as file:
             file.seek(stored.offset + part * view.nbytes)
-            while view:
-                view = view[file.write(view) :]
+            write_whole(file, view)
         self._seen.add((name, part))
         self._left[name] -= flat.numel()
 

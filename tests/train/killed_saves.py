@@ -18,7 +18,7 @@ from train.checkpoint.checkpoints import Checkpoints
 from train.compose import compose
 
 CALLS = [(os, name) for name in ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir")]
-CALLS += [(train.checkpoint.durable, "_put")]
+CALLS += [(train.checkpoint.durable, "write_whole")]
 
 
 def die_before(number: int) -> None:

@@ -138,8 +138,8 @@ def test_what_is_written_beside_later_steps_is_the_step_it_was_asked_for(tmp_pat
     """The disk is slow: of step 2 only a part is written when steps 3 and on are taken."""
     words = [f"data.path={corpus}", "train.max_steps=8", "checkpoint.every=4", "checkpoint.keep_last=3"]
     assert run([*words, f"run.dir={tmp_path / 'waiting'}"]) == 0
-    put, when, publish = durable._put, [], Checkpoints._publish
-    monkeypatch.setattr(durable, "_put", lambda *inputs: (time.sleep(0.003), put(*inputs))[1])
+    put, when, publish = durable.write_whole, [], Checkpoints._publish
+    monkeypatch.setattr(durable, "write_whole", lambda *inputs: (time.sleep(0.003), put(*inputs))[1])
     monkeypatch.setattr(
         Checkpoints,
         "_publish",
@@ -168,9 +168,9 @@ def test_a_folder_is_not_free_before_the_checkpoint_of_the_run_that_ended_is_com
 def test_what_is_written_is_hashed_and_read_back_whole(tmp_path, monkeypatch, change):
     """Of three parts, the second of which the disk is given in pieces, and forced to begin early."""
     parts = [b"one", bytes(range(256)) * 64, b"\x01"]
-    put = durable._put
+    put = durable.write_whole
     monkeypatch.setattr(durable, "EARLY_BYTES", 2)
-    monkeypatch.setattr(durable, "_put", lambda file, part: put(file, change or part if part == b"\x01" else part))
+    monkeypatch.setattr(durable, "write_whole", lambda file, part: put(file, (part == b"\x01" and change) or part))
     write = partial(durable.write_durably, tmp_path / "file", map(memoryview, parts), read_back=True)
     if change:
         with pytest.raises(CheckpointError, match="is damaged"):

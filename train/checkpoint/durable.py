@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixtral.weights.write import write_whole
 from train.errors import CheckpointError
 
 BLOCK_BYTES, BLOCKS = 1 << 22, 3
@@ -58,7 +59,7 @@ def write_durably(path: Path, parts: Iterable[memoryview], *, read_back: bool = 
     ):
         read = _Reader(file, hashing)
         for part in parts:
-            _put(file, part)
+            write_whole(file, part)
             under_way.append(reading.submit(read.back, size, part) if read_back else read.hashed(part))
             size += len(part)
             if size - early >= EARLY_BYTES and all(future.done() for future in forced):
@@ -109,11 +110,6 @@ class _Reader:
         """Gives the hash of all that was hashed, once all of it is."""
         self._hashing.submit(int).result()  # after all others
         return self._digest.hexdigest()
-
-
-def _put(file: io.FileIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
 
 
 def check_file(folder: Path, name: str, expected: Written) -> None:
