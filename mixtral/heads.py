@@ -15,6 +15,7 @@ from mixtral.configuration import MixtralConfig
 from mixtral.losses import classification_loss_sum, pooled_load_balancing_loss, router_statistics, shift_labels
 from mixtral.modeling import MixtralModel, MixtralPreTrainedModel, ModelOutput
 from mixtral.ops.cross_entropy import IGNORE_INDEX, cross_entropy_sum, head_cross_entropy, linear_cross_entropy
+from mixtral.ops.linear import Linear
 
 
 @dataclass
@@ -64,7 +65,7 @@ class MixtralForCausalLM(MixtralPreTrainedModel, GenerationMixin):
     def __init__(self, config: MixtralConfig) -> None:
         super().__init__(config)
         self.model = MixtralModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(

@@ -24,6 +24,7 @@ from mixtral import cache as caches
 from mixtral.configuration import MixtralConfig
 from mixtral.moe import Experts, Router, Routing, SparseMoeBlock
 from mixtral.ops import attention as attention_op
+from mixtral.ops.linear import Linear
 from mixtral.ops.rope import apply_rope
 from mixtral.weights import names
 
@@ -98,10 +99,10 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         query, key_value = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value, bias=False)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query, bias=False)
+        self.k_proj = Linear(config.hidden_size, key_value, bias=False)
+        self.v_proj = Linear(config.hidden_size, key_value, bias=False)
+        self.o_proj = Linear(query, config.hidden_size, bias=False)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mixtral.ops.linear import few_rows, is_few
 from mixtral.ops.permute import sum_choices, weigh_rows
 
 Activation = Callable[[Tensor], Tensor]
@@ -250,7 +251,12 @@ class _Product:
 
     def of(self, x_mX: Tensor, out_mY: Tensor | None) -> Tensor:
         """Computes the projection of m rows, into a tensor if one is given and there is one expert."""
-        out_mY = self._product(x_mX, self._weight(x_mX.dtype).mT, out_mY)
+        weight_YX = self._weight(x_mX.dtype)
+        if self.ends_E is None and is_few(x_mX):
+            product_mY = few_rows(x_mX, weight_YX)
+            out_mY = product_mY if out_mY is None else out_mY.copy_(product_mY)
+        else:
+            out_mY = self._product(x_mX, weight_YX.mT, out_mY)
         if self.a is not None:
             self._add(out_mY, self._product(self._seen(x_mX), self.a.mT), self.b.mT, self.scale)
         return out_mY

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from mixtral.ops import attention, cross_entropy, experts, windowed
+from mixtral.ops import attention, cross_entropy, experts, linear, windowed
 from mixtral.ops.permute import gather_rows, place_of, sort_rows, spread_rows, weigh_rows
 from mixtral.ops.rope import apply_rope
 
@@ -168,6 +168,35 @@ def test_on_a_gpu_the_same_function_groups_products_by_itself(counts, rank, monk
     assert seen
     if sum(counts):
         assert_alike(gradients, torch.autograd.grad(expected.sum(), exact_inputs), 4e-2)
+
+
+@ROWS
+@pytest.mark.parametrize("rank", [0, 8], ids=["plain", "low-rank additions"])
+def test_experts_of_few_rows_in_fp32_equal_the_reference_with_gradients(counts, rank):
+    (exact, definition), (inputs, arguments) = aligned(counts, rank)
+    outputs = experts.reference(*definition), experts.expert_ffn(*arguments, grouped=False)
+    assert_alike(outputs[1:], outputs[:1], 1e-6)
+    if sum(counts):
+        upstream = torch.randn(outputs[1].shape)
+        expected = torch.autograd.grad(outputs[0], exact, upstream.double())
+        assert_alike(torch.autograd.grad(outputs[1], inputs, upstream), expected, 2e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, linear.FEW, linear.FEW + 1])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_linear_layer_equals_torch_s_and_goes_the_other_way_for_few_rows(rows, trains, monkeypatch):
+    layer, turned = linear.Linear(5, 3, bias=False), []
+    monkeypatch.setattr(linear, "few_rows", lambda *inputs, op=linear.few_rows: turned.append(1) or op(*inputs))
+    x = torch.randn(rows, 1, 5)
+    with torch.set_grad_enabled(trains):
+        found = layer(x)
+    assert_alike([found], [torch.nn.functional.linear(x.double(), layer.weight.double())], 1e-6)
+    assert bool(turned) == (0 < rows <= linear.FEW and not trains)
+
+
+def test_few_rows_pass_gradcheck():
+    assert torch.autograd.gradcheck(linear.few_rows, (leaf(1, 5), leaf(3, 5)))
+    assert torch.autograd.gradcheck(linear.few_rows, (leaf(3, 5), leaf(4, 5)))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
