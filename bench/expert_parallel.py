@@ -1,5 +1,7 @@
 """One training step on two processes: our expert parallelism, DeepSpeed's AutoEP, and ZeRO-3 with whole experts.
 
+Beside them, a process of ours that trains alone on the rows of one of the two, with all experts and without DeepSpeed.
+
 usage: python -m bench.expert_parallel [--rounds N] [--steps N] [--precision bf16|fp32] [--json FILE]
 
 Peers train transformers' Mixtral from the same weights on the same tokens. Every round starts the processes of each
@@ -34,10 +36,12 @@ MODEL = {
     "num_local_experts": 8,
     "max_position_embeddings": LENGTH,
 }
+ALONE = "ours, one process"
 SIDES = {
     "ours, experts over 2, ZeRO-1": ("ours", "parallel.expert=2", "parallel.zero=1"),
     "DeepSpeed AutoEP over 2, ZeRO-1": ("peer", "1", "2"),
     "transformers, ZeRO-3": ("peer", "3", "1"),
+    ALONE: ("ours", "parallel.expert=1", "parallel.zero=0"),
 }
 LR, WARM_UP = 1e-4, 1
 COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast")
@@ -184,14 +188,15 @@ def measure(kind: str, words: list[str], steps: int, precision: str) -> dict[str
     rank = int(os.environ["RANK"])
     extra = 1 if kind == "ours" else 0  # the label after the last token; a peer shifts inside the row
     seconds, losses = [], []
+    meet = torch.distributed.barrier if torch.distributed.is_initialized() else lambda: None
     for number in range(WARM_UP + steps):
         ids = torch.randint(0, MODEL["vocab_size"], (PROCESSES * ROWS, LENGTH + 1), generator=generator)
         mine = ids[rank * ROWS : (rank + 1) * ROWS, : LENGTH + extra]
-        torch.distributed.barrier()
+        meet()
         counted.clear()
         started = time.perf_counter()
         losses.append(step(mine))
-        torch.distributed.barrier()
+        meet()
         if number >= WARM_UP:
             seconds.append(time.perf_counter() - started)
         else:
@@ -199,26 +204,31 @@ def measure(kind: str, words: list[str], steps: int, precision: str) -> dict[str
     return {"seconds": seconds, "losses": losses, "memory": resident("VmHWM") - before, "bytes": dict(counted)}
 
 
+def processes(side: str) -> int:
+    """Says how many processes a side has."""
+    return 1 if side == ALONE else PROCESSES
+
+
 def launch(side: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs one side's processes; returns what each measured."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(PROCESSES)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes(side))]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "bench.expert_parallel"]
     command += ["--side", side, "--steps", str(options.steps), "--precision", options.precision]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     found = [json.JSONDecoder().raw_decode(said)[0] for said in done.stdout.split("measured ")[1:]]
-    if done.returncode != 0 or len(found) != PROCESSES:
+    if done.returncode != 0 or len(found) != processes(side):
         raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
     return found
 
 
-def summary(ranks: list[dict[str, Any]]) -> dict[str, float]:
-    """Puts the rounds of a side together: speed of the median step, the worst memory, bytes of a step."""
+def summary(ranks: list[dict[str, Any]], count: int) -> dict[str, float]:
+    """Puts the rounds of a side of `count` processes together: speed of the median step, the worst memory, bytes."""
     step = statistics.median(second for rank in ranks for second in rank["seconds"])
     sent = ranks[0]["bytes"]
-    rows = sum(rank["bytes"].get("all_to_all_single", 0) for rank in ranks[:PROCESSES]) / PROCESSES
+    rows = sum(rank["bytes"].get("all_to_all_single", 0) for rank in ranks[:count]) / count
     others = sum(sent.get(name, 0) for name in COLLECTIVES[1:])
     return {
-        "tokens_per_second": PROCESSES * ROWS * LENGTH / step,
+        "tokens_per_second": count * ROWS * LENGTH / step,
         "spread": (max(s for r in ranks for s in r["seconds"]) - min(s for r in ranks for s in r["seconds"])) / step,
         "memory": max(rank["memory"] for rank in ranks),
         "rows_per_layer": rows / LAYERS,
@@ -242,12 +252,12 @@ def main() -> None:
         kind, *words = SIDES[options.side]
         print("measured " + json.dumps(measure(kind, words, options.steps, options.precision)), flush=True)
         return
-    print(f"{PROCESSES} processes of one thread, {ROWS} x {LENGTH} tokens each, {options.precision}, AdamW")
+    print(f"{PROCESSES} processes of one thread, {ROWS} x {LENGTH} tokens for each, {options.precision}, AdamW")
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for turn in range(options.rounds):
         for side in sorted(SIDES, reverse=bool(turn % 2)):
             found[side] += launch(side, options)
-    rows = {side: summary(ranks) for side, ranks in found.items()}
+    rows = {side: summary(ranks, processes(side)) for side, ranks in found.items()}
     first = next(iter(rows.values()))
     titles = ("tokens/s", "ours is", "spread", "memory", "rows/layer", "metadata", "the rest", "loss, first", "last")
     print(f"{'':34}" + "".join(f"{title:>13}" for title in titles))
