@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the verb and its words; by default the process's.
 
     Returns:
-        The exit code: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 75 stopped and saved,
-        128 + n for signal n.
+        The exit code: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 75 stopped and saved or
+        sent back, 128 + n for signal n.
 
     Raises:
         SystemExit: with the code of SIGPIPE, when nobody reads what is printed any more.

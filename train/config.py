@@ -283,8 +283,9 @@ class TrainConfig:
     )
     on_spike: str = key(
         "log",
-        "log: the step of a spike is taken; skip: it is skipped like one that is not finite",
-        choices=("log", "skip"),
+        "log: the step of a spike is taken; skip: it is skipped like one that is not finite; rewind: and the run ends "
+        "with code 75, to go on from its last checkpoint without the batches since",
+        choices=("log", "skip", "rewind"),
     )
     check_replicas_every: int | None = key(
         100,
@@ -780,6 +781,10 @@ def _check_run(config: Config) -> None:
         config.evaluate.sample_tokens >= model.max_position_embeddings,
         f"evaluate.sample_tokens={config.evaluate.sample_tokens} is not less than "
         f"model.max_position_embeddings={model.max_position_embeddings}",
+    )
+    _refuse(
+        train.on_spike == "rewind" and (train.spike_zscore is None or config.checkpoint.every is None),
+        "train.on_spike=rewind needs a train.spike_zscore, to see a spike by, and checkpoint.every, to go back to",
     )
     _refuse(
         train.max_steps is None and train.epochs is None,

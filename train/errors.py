@@ -84,6 +84,16 @@ class Preempted(StopSignal):
         self.code = 75
 
 
+class Rewound(StopSignal):
+    """The run is to be started again, and goes on from an earlier step."""
+
+    reason = "rewound"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 0)
+        self.code = 75
+
+
 def report(error: UserError | StopSignal, *, met: bool) -> None:
     """Says an error once: one process prints it, the others give it time to, but for a signal, which all get.
 

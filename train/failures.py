@@ -14,10 +14,11 @@ from train.config import Config
 from train.data.labelled import AnyBatch
 from train.data.loader import Data
 from train.data.share import Share
-from train.errors import NumericsError
+from train.errors import NumericsError, Rewound
 from train.guard import Guard, Skip
 from train.observe.observer import Observer
 from train.parallel.engine import Engine
+from train.rewind import Rewind
 
 NAMED = 8  # processes in a message
 
@@ -32,18 +33,26 @@ class Failures:
         share: of this process.
         observer: which speaks.
         guard: which counts.
+        rewind: which sends the run back.
     """
 
     def __init__(
-        self, engine: Engine, config: Config, data: Data, share: Share, observer: Observer, guard: Guard
+        self,
+        engine: Engine,
+        config: Config,
+        data: Data,
+        share: Share,
+        observer: Observer,
+        guard: Guard,
+        rewind: Rewind,
     ) -> None:
         self._engine, self._config, self._data, self._share = engine, config, data, share
-        self._observer, self._guard = observer, guard
+        self._observer, self._guard, self._rewind = observer, guard, rewind
         self._folder = Path(str(config.run.dir)) / "failures"
 
     def report(
         self, step: int, skip: Skip | None, micro_batches: Sequence[AnyBatch], lr: float
-    ) -> NumericsError | None:
+    ) -> NumericsError | Rewound | None:
         """Reports a step, if there is anything to say of it; every process must call it.
 
         Args:
@@ -53,7 +62,7 @@ class Failures:
             lr: that the step would have had.
 
         Returns:
-            What every process is to end with, when it was one too many in a row.
+            What every process is to end with: when it was one too many in a row, or is gone back from.
         """
         if self._guard.alarm:
             self._observer.say(f"ALARM step {step}: {self._guard.alarm}")
@@ -66,12 +75,16 @@ class Failures:
         batches = f"kept: {', '.join(filter(None, kept))}"
         count = f"{guard.in_a_row} in a row, of train.max_skipped_steps={guard.most}"
         self._observer.say(f"WARNING {what}: skipped, nothing was updated; {count}; {batches}")
-        if not guard.is_over:
-            return None
-        return NumericsError(f"{what}: nothing was updated; {count}; lower optim.lr or look at the data; {batches}")
+        if guard.is_over:
+            return NumericsError(f"{what}: nothing was updated; {count}; lower optim.lr or look at the data; {batches}")
+        return self._rewind.go_back(step, guard.alarm) if guard.alarm else None
+
+    def _batch(self, step: int) -> int:
+        """Says which of the data's batches, counted from 0, a step takes."""
+        return step - 1 + self._rewind.left_out
 
     def _rows(self, rank: int, step: int) -> list[range]:
-        return Share.of(self._config.train, rank, self._share.world_size).rows(step - 1)
+        return Share.of(self._config.train, rank, self._share.world_size).rows(self._batch(step))
 
     def _keep(self, step: int, skip: Skip, micro_batches: Sequence[AnyBatch], lr: float) -> str | None:
         """Writes the batch of this process, if it is to be kept; says where, or why not."""
@@ -87,7 +100,7 @@ class Failures:
             "reason": skip.reason,
             "ranks": skip.ranks,
             "rows": [list(rows) for rows in self._rows(self._share.rank, step)],
-            "documents": self._data.documents(self._share, step - 1),
+            "documents": self._data.documents(self._share, self._batch(step)),
         }
         try:
             self._folder.mkdir(exist_ok=True)

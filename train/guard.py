@@ -45,7 +45,7 @@ class Guard:
     def __init__(self, config: TrainConfig, replicas: Replicas | None = None) -> None:
         self._replicas = replicas
         self.most, self._highest = config.max_skipped_steps, config.spike_zscore
-        self._skips_spikes = config.on_spike == "skip"
+        self._skips_spikes = config.on_spike in ("skip", "rewind")
         self.skipped = self.in_a_row = 0
         self.alarm, self.score = "", 0.0
         self._losses: deque[float] = deque(maxlen=WINDOW)

@@ -29,6 +29,7 @@ from train.optim import learning_rate
 from train.parallel.engine import Engine
 from train.parallel.exchange import Traffic
 from train.parallel.replicas import Replicas
+from train.rewind import Rewind
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ def train(
     Goes on from the step that was restored, and ends before `max_steps` where patience does.
 
     Raises:
-        Preempted: on every process, once a SIGTERM was met by a checkpoint.
+        Preempted, Rewound: on every process, once a SIGTERM was met by a checkpoint, or a spike sends the run back.
         NumericsError: on every process, once too many steps in a row were skipped, or when what several processes hold
             alike is not.
     """
@@ -101,10 +102,10 @@ def train(
     balance = Balance(engine.module, config.train.router_bias_rate, engine.device)
     replicas = Replicas(engine, config.train.check_replicas_every, checkpoints.step)
     guard = Guard(config.train, replicas)
-    failures = Failures(engine, config, data, share, observer, guard)
-    checkpoints.carry(router=balance, figures=observer, guard=guard, **evaluations.parts())
+    failures = Failures(engine, config, data, share, observer, guard, rewind := Rewind(engine, config, checkpoints))
+    checkpoints.carry(router=balance, figures=observer, guard=guard, rewind=rewind, **evaluations.parts())
     checkpoints.seed(config.run.seed + 1)  # dropout differs between processes
-    prefetch = Prefetch(data.steps(share, checkpoints.step))
+    prefetch = Prefetch(data.steps(share, checkpoints.step + rewind.left_out))
     with contextlib.closing(prefetch) as steps, Preemption(engine, enabled=checkpoints.enabled) as preemption:
         ending = evaluate_first(checkpoints.step, observer, evaluations)
         for step in range(checkpoints.step + 1, max_steps + 1):

@@ -77,6 +77,7 @@ def watched_step(engine, *inputs):
     (guard,) = (one for one in inputs if isinstance(one, Guard))
     if kind == "spike":  # a gradient like any other
         guard.judge = lambda *_: Skip("the loss is a spike", (0, 1))
+        guard.alarm = "the loss is a spike"
     result = train_step(engine, *inputs)
     guard.__dict__.pop("judge", None)
     for hook in hooks:

@@ -106,6 +106,30 @@ def test_a_step_that_is_skipped_though_it_is_finite_leaves_nothing_for_the_next(
         assert norms[0] == pytest.approx(norms[1], rel=2e-2 if "bf16" in name else 1e-5), name
 
 
+def test_a_spike_sends_every_process_back_in_every_engine(tmp_path, corpus):
+    """What follows is the same in all of them, and is not what the batches that were left out lead to."""
+    words = [f"data.path={corpus}", "train.max_steps=6", "train.micro_batch_size=2", "checkpoint.every=3"]
+    words += ["train.on_spike=rewind", "train.log_every=1"]
+    engines = {"replicated": [], "ZeRO-1": ["parallel.zero=1"]}
+    engines |= {f"ZeRO-{stage}": [f"parallel.zero={stage}", "parallel.expert=2"] for stage in (2, 3)}
+    jobs = [{"words": [*words, f"run.dir={tmp_path / 'undisturbed'}"], "faults": {}}]
+    for name, engine in engines.items():
+        job = {"words": [*words, *engine, f"run.dir={tmp_path / name}"]}
+        jobs += [job | {"faults": {5: (None, "spike")}}, job | {"faults": {}}]
+    codes, *_ = launch_jobs(tmp_path, jobs)
+    assert codes == [0, *(75, 0) * len(engines)]
+    expected = [row["loss"] for row in metrics(tmp_path / "replicated")[1:]]
+    for name in engines:
+        state = read_json(tmp_path / name / "checkpoints" / "step-00000006" / "state.json")
+        assert (state["updates"], state["parts"]["rewind"]) == (6, {"left_out": 2})
+        rows = metrics(tmp_path / name)
+        assert [row["step"] for row in rows] == list(range(7))
+        assert [row["loss"] for row in rows[1:]] == pytest.approx(expected, rel=1e-5), name
+    undisturbed = [row["loss"] for row in metrics(tmp_path / "undisturbed")[1:]]
+    assert undisturbed[:3] == pytest.approx(expected[:3], rel=1e-6)
+    assert all(abs(one - other) > 1e-3 for one, other in zip(undisturbed[3:], expected[3:], strict=True))
+
+
 def test_so_many_skipped_steps_in_a_row_end_the_run_with_five_on_every_process(tmp_path, corpus):
     words = [f"data.path={corpus}", *STEPS, "parallel.zero=2"]
     cases = {"train.max_skipped_steps=0": [2], "train.max_skipped_steps=2": [2, 4, 5]}

@@ -19,7 +19,7 @@ from train.checkpoint import values
 from train.checkpoint.find import listed
 from train.checkpoint.manifest import check_folder
 from train.config import TrainConfig
-from train.errors import NumericsError
+from train.errors import ConfigError, NumericsError
 from train.guard import Guard, Skip, zscore
 
 WORDS = ["train.max_steps=12", "checkpoint.every=5", "checkpoint.keep_last=3", "evaluate.sample_tokens=0"]
@@ -229,3 +229,80 @@ def test_a_loss_times_a_hundred_is_said_with_its_score_and_skipped_where_that_is
     assert f"is {score:.1f} deviations above" in said
     assert read_json(tmp_path / "checkpoints" / "step-00000030" / "state.json")["updates"] == 30 - (on_spike == "skip")
     assert (tmp_path / "failures" / "step-00000028-rank-0.safetensors").exists() == (on_spike == "skip")
+
+
+@pytest.fixture
+def spiking(corpus, monkeypatch):
+    """Runs in which the loss leaps at some steps, counted from where each goes on; and the rows that its steps took."""
+    objective_parts, taken, leaps = train.loop.objective_parts, [], set()
+
+    def times_a_hundred(output, batch, *inputs):
+        taken.append(batch.input_ids)
+        parts = objective_parts(output, batch, *inputs)
+        if len(taken) in leaps:
+            parts.cross_entropy = 100 * parts.cross_entropy
+        return parts
+
+    def run_on(folder, *words, leaps_at=()):
+        taken.clear()
+        leaps.clear()
+        leaps.update(leaps_at)
+        words = [f"data.path={corpus}", f"run.dir={folder}", "train.on_spike=rewind", "checkpoint.every=25", *words]
+        return run(words), list(taken)
+
+    monkeypatch.setattr("train.loop.objective_parts", times_a_hundred)
+    return run_on
+
+
+def test_a_spike_sends_the_run_back_to_its_checkpoint_and_on_without_the_batches_since(spiking, tmp_path):
+    """Twice to the same one; then the batches stay left out through the next checkpoint. Steps are counted on."""
+    _, undisturbed = spiking(tmp_path / "undisturbed", "train.max_steps=37")
+    folder = tmp_path / "run"
+    words = ["train.max_steps=30", "train.log_every=10"]
+    assert spiking(folder, *words, leaps_at=[28])[0] == 75
+    ended = read_json(folder / "exit.json")
+    assert ended["reason"] == "rewound"
+    assert re.fullmatch(
+        r"step 28: the loss \S+ is \S+ deviations above .*; started again, the run goes on after step 25 without the "
+        "batches of the 3 steps that led there",
+        ended["message"],
+    )
+    code, taken = spiking(folder, *words, leaps_at=[2])
+    assert code == 75
+    assert len(taken) == 2
+    assert all(map(torch.equal, taken, undisturbed[28:30]))
+    code, taken = spiking(folder, *words)
+    assert code == 0
+    assert len(taken) == 5
+    assert all(map(torch.equal, taken, undisturbed[30:35]))
+    assert read_json(folder / "checkpoints" / "step-00000030" / "state.json")["parts"]["rewind"] == {"left_out": 5}
+    code, taken = spiking(folder, *words, "train.max_steps=32")
+    assert code == 0
+    assert len(taken) == 2
+    assert all(map(torch.equal, taken, undisturbed[35:37]))
+    assert [row["step"] for row in metrics(folder)] == [0, 1, 10, 20, 30, 32]
+    discarded = (folder / "metrics.discarded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in discarded] == [28, 27]
+    kept = read_json(folder / "failures" / "step-00000027-rank-0.json")
+    assert kept["rows"] == [list(range(4 * 29, 4 * 30))]
+
+
+def test_a_run_that_is_sent_back_too_often_ends_with_five_and_one_that_cannot_be_skips_the_spike(
+    spiking, tmp_path, capsys
+):
+    words = ["train.max_steps=30", "train.max_skipped_steps=1"]
+    assert spiking(tmp_path / "often", *words, leaps_at=[28])[0] == 5
+    words[1] = "train.max_skipped_steps=2"
+    assert [spiking(tmp_path / "again", *words, leaps_at=[at])[0] for at in (28, 2, 3)] == [75, 75, 5]
+    said = read_json(tmp_path / "again" / "exit.json")["message"]
+    assert "the run went back to step 25 2 times (train.max_skipped_steps), each time to other batches: lower" in said
+    capsys.readouterr()
+    assert spiking(tmp_path / "first", *words, leaps_at=[23])[0] == 0
+    assert "WARNING step 23: " in capsys.readouterr().out
+    assert metrics(tmp_path / "first")[-1]["skipped_steps"] == 1
+    (tmp_path / "first" / "checkpoints" / "rewind.json").write_text('{"step": 30}')
+    assert spiking(tmp_path / "first", *words, "train.max_steps=31")[0] == 4
+    assert "rewind.json is damaged" in read_json(tmp_path / "first" / "exit.json")["message"]
+    for word in ("train.spike_zscore=null", "checkpoint.every=null"):
+        with pytest.raises(ConfigError, match=r"train\.on_spike=rewind needs a train\.spike_zscore"):
+            spiking(tmp_path / "none", *words, word)

@@ -209,7 +209,7 @@ class Checkpoints:
         if self._root.is_dir():
             set_aside(self._root, newer_than=self.step)
         if found.folder.parent == self._root:
-            self._point("latest", found.folder.name)
+            self.note("latest", found.folder.name)
         folder.tracker_id = found.state["tracker_id"]
         folder.move_export(self.step)
         if has_trained(folder.path):
@@ -258,7 +258,7 @@ class Checkpoints:
             self._pending = self._begin(step, target, beside=self._config.asynchronous and not wait)
         if best:
             self.finish()
-            self._engine.on_main(lambda: self._point("best", target.name))
+            self._engine.on_main(lambda: self.note("best", target.name))
         if wait or not self._config.asynchronous:
             self.finish()
 
@@ -352,7 +352,7 @@ class Checkpoints:
             set_aside(self._root, newer_than=pending.step - 1)
         partial.rename(target)
         sync_folder(self._root)
-        self._point("latest", target.name)
+        self.note("latest", target.name)
 
     def _describe(self, step: int, random: list[dict[str, str]]) -> dict[str, Any]:
         state = self._engine.state
@@ -372,11 +372,15 @@ class Checkpoints:
             "versions": _versions(),
         }
 
-    def _point(self, name: str, folder: str) -> None:
-        """Writes which checkpoint is the latest, or the best."""
+    def newest(self) -> int | None:
+        """Says of which step the newest checkpoint is, on every process; None where there is none."""
+        return self._engine.on_main(lambda: next((step for step, _ in listed(self._root)), None))
+
+    def note(self, name: str, text: str) -> None:
+        """Writes a small file beside the checkpoints, such as which is the latest; it is there whole or not at all."""
         partial = self._root / f".{name}.partial"
         partial.unlink(missing_ok=True)
-        write_durably(partial, [memoryview(f"{folder}\n".encode())])
+        write_durably(partial, [memoryview(f"{text}\n".encode())])
         partial.replace(self._root / name)
         sync_folder(self._root)
 
