@@ -5,7 +5,7 @@ from collections.abc import Callable
 from train.checkpoint.checkpoints import Checkpoints
 from train.compose import Composed
 from train.config import Config
-from train.errors import StopSignal, UserError, report
+from train.ending import Ending
 from train.evaluate.evaluations import Evaluations
 from train.finish import finish, keeper_of_best
 from train.folder import RunFolder
@@ -25,26 +25,17 @@ Work = Callable[[Engine, RunFolder | None, Config], str]
 
 def run(composed: Composed, work: Work | None = None, *, in_folder: bool = True) -> int:
     """Does a verb's work, by default training; returns the exit code, as `exit.json` has it."""
-    engine, folder, outcome = None, None, ("crash", 1, "ended without an error of its own")
-    with signals_as_errors():
-        try:
-            quiet_libraries()
-            engine = open_engine(composed.config)
-            with engine.watchdog:
-                folder = choose_folder(engine, composed) if in_folder else None
-                outcome = ("done", 0, (work or training)(engine, folder, composed.config))
-        except (UserError, StopSignal) as error:
-            outcome = (error.reason, error.code, str(error))
-            report(error, met=engine is not None)
-        except Exception as error:
-            outcome = ("crash", 1, f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            if folder is not None:
-                folder.close(*outcome)
+    engine = None
+    with signals_as_errors(), Ending() as ending:
+        quiet_libraries()
+        engine = open_engine(composed.config)
+        ending.met = True
+        with engine.watchdog:
+            ending.folder = choose_folder(engine, composed) if in_folder else None
+            ending.message = (work or training)(engine, ending.folder, composed.config)
     if engine is not None:
-        engine.close(wait=outcome[1] == 0)
-    return outcome[1]
+        engine.close(wait=ending.code == 0)
+    return ending.code
 
 
 def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from train.compose import Composed, compose
 from train.config import PROBLEMS, Config
-from train.errors import DataError, StopSignal, UserError, report
+from train.ending import Ending
+from train.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,9 +39,7 @@ def inspect_data(words: Sequence[str]) -> int:
     Returns:
         The exit code: 0 the data can be trained on, 2 config, 3 data, 6 environment, 128 + n for signal n.
     """
-    folder = None
-    outcome = ("crash", 1, "ended without an error of its own")
-    try:
+    with Ending() as ending:
         composed = compose(words)
         from train.setup import quiet_libraries, signals_as_errors
 
@@ -48,18 +47,9 @@ def inspect_data(words: Sequence[str]) -> int:
             quiet_libraries()
             if isinstance(sys.stdout, io.TextIOWrapper):  # of a terminal that cannot show every character
                 sys.stdout.reconfigure(errors="replace")
-            folder = _open_folder(composed)
-            outcome = ("done", 0, _inspect(composed.config, folder))
-    except (UserError, StopSignal) as error:
-        outcome = (error.reason, error.code, str(error))
-        report(error, met=False)
-    except Exception as error:
-        outcome = ("crash", 1, f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        if folder is not None:
-            folder.close(*outcome)
-    return outcome[1]
+            ending.folder = _open_folder(composed)
+            ending.message = _inspect(composed.config, ending.folder)
+    return ending.code
 
 
 def _open_folder(composed: Composed) -> "RunFolder":

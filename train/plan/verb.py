@@ -9,7 +9,8 @@ import yaml
 
 from train.compose import UNNAMED, Composed, compose_without_data, recipes
 from train.config import Config
-from train.errors import ConfigError, MachineError, UserError, report
+from train.ending import Ending
+from train.errors import ConfigError, MachineError
 from train.folder import RunFolder, folder_name
 from train.parallel.launcher import run_processes
 from train.plan.figures import Figures, figures_of
@@ -30,24 +31,13 @@ def main(words: Sequence[str]) -> int:
     Returns:
         The exit code: 0 planned, be it that it fits or not; 2 config, 6 environment.
     """
-    folder = None
-    outcome = ("crash", 1, "ended without an error of its own")
-    try:
+    with Ending() as ending:
         composed = compose_plan(words)
-        folder = RunFolder(Path(folder_name(composed)).expanduser().resolve())
+        ending.folder = folder = RunFolder(Path(folder_name(composed)).expanduser().resolve())
         composed.config.run.dir = str(folder.path)
         folder.describe(composed, processes=composed.config.plan.gpus, device=composed.config.plan.gpu)
-        outcome = ("done", 0, plan(composed.config, folder, words))
-    except UserError as error:
-        outcome = (error.reason, error.code, str(error))
-        report(error, met=False)
-    except Exception as error:
-        outcome = ("crash", 1, f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        if folder is not None:
-            folder.close(*outcome)
-    return outcome[1]
+        ending.message = plan(composed.config, folder, words)
+    return ending.code
 
 
 def compose_plan(words: Sequence[str]) -> Composed:
