@@ -139,7 +139,12 @@ class Layout:
 
     def trains(self, *parts: str) -> bool:
         """Whether any parameter with one of these parts in its name has a gradient."""
-        return any(weight.trained and any(part in weight.name for part in parts) for weight in self.weights)
+        return any(part in self._trained_names for part in parts)
+
+    @functools.cached_property
+    def _trained_names(self) -> str:
+        """The names of those parameters, a line each."""
+        return "\n".join(weight.name for weight in self.trained)
 
     @property
     def adapted(self) -> list[str]:
