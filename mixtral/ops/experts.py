@@ -228,6 +228,7 @@ class _Product:
         strength: of the addition.
         seen_mX: which inputs A sees; None where it sees all.
         ends_E: of the rows of all experts.
+        turns: whether a few rows may be multiplied the other way round.
 
     Attributes:
         gradients: of the three tensors. What is there already is written into.
@@ -241,10 +242,12 @@ class _Product:
         strength: _Strength,
         seen_mX: Tensor | None,
         ends_E: Tensor | None,
+        turns: bool,
         gradients: list[Tensor | None],
         wanted: Sequence[bool],
     ) -> None:
-        self.weights, self.expert, self.seen_mX, self.ends_E = weights, expert, seen_mX, ends_E
+        self.weights, self.expert, self.seen_mX = weights, expert, seen_mX
+        self.ends_E, self.turns = ends_E, turns
         self.gradients, self.wanted = gradients, wanted
         self.a, self.b = pair
         self.scale = strength.scale / (1 - strength.dropout)
@@ -252,7 +255,7 @@ class _Product:
     def of(self, x_mX: Tensor, out_mY: Tensor | None) -> Tensor:
         """Computes the projection of m rows, into a tensor if one is given and there is one expert."""
         weight_YX = self._weight(x_mX.dtype)
-        if self.ends_E is None and is_few(x_mX):
+        if self.turns and is_few(x_mX):
             product_mY = few_rows(x_mX, weight_YX)
             out_mY = product_mY if out_mY is None else out_mY.copy_(product_mY)
         else:
@@ -390,10 +393,11 @@ def _experts(
         own = [one if one is None or expert is None else one[expert] for one in (*tensors, *gradients)]
         masks = [None if mask is None else mask[rows] for mask in seen]
         pairs, goals = (own[1:3], own[4:6]), (own[6:9], own[9:])
+        turns = ends_E is None and not settings.keep
         yield (
             rows,
-            _Product(weights[0], expert, pairs[0], settings.gate_up, masks[0], ends_E, goals[0], wanted[:3]),
-            _Product(weights[1], expert, pairs[1], settings.down, masks[1], ends_E, goals[1], wanted[3:]),
+            _Product(weights[0], expert, pairs[0], settings.gate_up, masks[0], ends_E, turns, goals[0], wanted[:3]),
+            _Product(weights[1], expert, pairs[1], settings.down, masks[1], ends_E, turns, goals[1], wanted[3:]),
         )
 
 

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 FEW = 8  # up to so many rows the product is faster the other way round
 
 
-def is_few(x_mX: Tensor) -> bool:
+def is_few(x: Tensor) -> bool:
     """Whether rows are so few, of fp32 on a processor, that `few_rows` is faster than a product."""
-    return x_mX.is_cpu and x_mX.dtype == torch.float32 and 0 < len(x_mX) <= FEW
+    return x.is_cpu and x.dtype == torch.float32 and x.dim() > 1 and 0 < x.shape[:-1].numel() <= FEW
 
 
 def few_rows(x_mX: Tensor, weight_YX: Tensor) -> Tensor:
@@ -17,16 +17,17 @@ def few_rows(x_mX: Tensor, weight_YX: Tensor) -> Tensor:
     It reads the matrix at 20 to 40 GB/s, where the product in its usual order, or of one row, reads it at 8 to 18:
     measured with MKL on two cores of an AMD EPYC. In bf16, whose products are oneDNN's, it is slower.
     """
-    columns_Xm = x_mX.repeat(2, 1).mT if len(x_mX) == 1 else x_mX.mT
-    return (weight_YX @ columns_Xm)[:, : len(x_mX)].mT.contiguous()
+    rows = x_mX.shape[0]
+    columns_Xm = x_mX.repeat(2, 1).mT if rows == 1 else x_mX.mT
+    return (weight_YX @ columns_Xm)[:, :rows].mT.contiguous()
 
 
 class Linear(nn.Linear):
-    """A linear layer that is fast for a few rows too, where it has no bias and no gradient is asked for."""
+    """A linear layer that is fast for a few rows too, where no gradient is asked for and nothing else replaces it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps the last dimension."""
-        rows_mX = x.flatten(0, -2)
-        if self.bias is None and not torch.is_grad_enabled() and is_few(rows_mX):
-            return few_rows(rows_mX, self.weight).unflatten(0, x.shape[:-1])
+        is_plain = self.bias is None and type(self.weight) is nn.Parameter and not torch.compiler.is_compiling()
+        if is_plain and not torch.is_grad_enabled() and is_few(x):
+            return few_rows(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
         return super().forward(x)
