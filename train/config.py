@@ -284,7 +284,7 @@ class TrainConfig:
     on_spike: str = key(
         "log",
         "log: the step of a spike is taken; skip: it is skipped like one that is not finite; rewind: and the run ends "
-        "with code 75, to go on from its last checkpoint without the batches since",
+        "with code 75, to go on from its last checkpoint without the batches since, as often as max_skipped_steps says",
         choices=("log", "skip", "rewind"),
     )
     check_replicas_every: int | None = key(
@@ -785,6 +785,11 @@ def _check_run(config: Config) -> None:
     _refuse(
         train.on_spike == "rewind" and (train.spike_zscore is None or config.checkpoint.every is None),
         "train.on_spike=rewind needs a train.spike_zscore, to see a spike by, and checkpoint.every, to go back to",
+    )
+    _refuse(
+        train.on_spike == "rewind" and train.epochs is not None,
+        f"train.on_spike=rewind leaves batches out, which train.epochs={train.epochs} would miss at the end: give "
+        "train.max_steps instead",
     )
     _refuse(
         train.max_steps is None and train.epochs is None,

@@ -60,6 +60,13 @@ class MachineError(UserError):
     reason = "environment"
 
 
+class RewoundError(UserError):
+    """The run is to be started again, and goes on from an earlier step."""
+
+    code = 75
+    reason = "rewound"
+
+
 class StopSignal(BaseException):
     """A signal asked the run to stop."""
 
@@ -81,16 +88,6 @@ class Preempted(StopSignal):
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, signal_number)
-        self.code = 75
-
-
-class Rewound(StopSignal):
-    """The run is to be started again, and goes on from an earlier step."""
-
-    reason = "rewound"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, 0)
         self.code = 75
 
 

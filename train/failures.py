@@ -14,7 +14,7 @@ from train.config import Config
 from train.data.labelled import AnyBatch
 from train.data.loader import Data
 from train.data.share import Share
-from train.errors import NumericsError, Rewound
+from train.errors import NumericsError, UserError
 from train.guard import Guard, Skip
 from train.observe.observer import Observer
 from train.parallel.engine import Engine
@@ -50,9 +50,7 @@ class Failures:
         self._observer, self._guard, self._rewind = observer, guard, rewind
         self._folder = Path(str(config.run.dir)) / "failures"
 
-    def report(
-        self, step: int, skip: Skip | None, micro_batches: Sequence[AnyBatch], lr: float
-    ) -> NumericsError | Rewound | None:
+    def report(self, step: int, skip: Skip | None, micro_batches: Sequence[AnyBatch], lr: float) -> UserError | None:
         """Reports a step, if there is anything to say of it; every process must call it.
 
         Args:
@@ -75,9 +73,10 @@ class Failures:
         batches = f"kept: {', '.join(filter(None, kept))}"
         count = f"{guard.in_a_row} in a row, of train.max_skipped_steps={guard.most}"
         self._observer.say(f"WARNING {what}: skipped, nothing was updated; {count}; {batches}")
-        if guard.is_over:
-            return NumericsError(f"{what}: nothing was updated; {count}; lower optim.lr or look at the data; {batches}")
-        return self._rewind.go_back(step, guard.alarm) if guard.alarm else None
+        ended = self._rewind.go_back(step, guard.alarm) if guard.alarm else None
+        if ended is not None or not guard.is_over:
+            return ended
+        return NumericsError(f"{what}: nothing was updated; {count}; lower optim.lr or look at the data; {batches}")
 
     def _batch(self, step: int) -> int:
         """Says which of the data's batches, counted from 0, a step takes."""
@@ -90,7 +89,8 @@ class Failures:
         """Writes the batch of this process, if it is to be kept; says where, or why not."""
         if self._share.rank not in skip.ranks:
             return None
-        path = self._folder / f"step-{step:08d}-rank-{self._share.rank}.safetensors"
+        batch = f"-batch-{self._batch(step) + 1:08d}" if self._rewind.left_out else ""  # the step may come again
+        path = self._folder / f"step-{step:08d}{batch}-rank-{self._share.rank}.safetensors"
         described: dict[str, Any] = {
             "step": step,
             "rank": self._share.rank,

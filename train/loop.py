@@ -93,7 +93,7 @@ def train(
     Goes on from the step that was restored, and ends before `max_steps` where patience does.
 
     Raises:
-        Preempted, Rewound: on every process, once a SIGTERM was met by a checkpoint, or a spike sends the run back.
+        Preempted, RewoundError: on every process, once a SIGTERM was met by a checkpoint, or a spike sends it back.
         NumericsError: on every process, once too many steps in a row were skipped, or when what several processes hold
             alike is not.
     """

@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.checkpoints import REWIND, Checkpoints
+from train.checkpoint.manifest import read_text
 from train.config import Config
-from train.errors import CheckpointError, NumericsError, Rewound
+from train.errors import CheckpointError, NumericsError, RewoundError, UserError
 from train.parallel.engine import Engine
 
-NAME = "rewind.json"
 KEYS = ("step", "left_out", "times")
 
 
@@ -26,7 +26,7 @@ class Rewind:
         checkpoints: of the run, which say where it goes on.
 
     Attributes:
-        left_out: steps whose batches the run has left out so far: after step n it goes on with batch n + left_out.
+        left_out: steps whose batches the run has left out so far: step n takes batch n + left_out.
 
     Raises:
         CheckpointError: when the file cannot be read.
@@ -34,29 +34,28 @@ class Rewind:
 
     def __init__(self, engine: Engine, config: Config, checkpoints: Checkpoints) -> None:
         self._engine, self._checkpoints = engine, checkpoints
-        self._is_wanted = config.train.on_spike == "rewind"
-        self._most = max(1, config.train.max_skipped_steps)
-        self._path = Path(str(config.run.dir)) / "checkpoints" / NAME
-        self._order = engine.on_main(self._read)
-        self.left_out = 0
-        self._is_sent_back = self._order is not None and self._order["step"] == checkpoints.step
-        if self._order is not None and self._is_sent_back:
-            self.left_out = self._order["left_out"]
+        self._is_wanted = config.train.on_spike == "rewind" and checkpoints.newest_is_next
+        self._most = config.train.max_skipped_steps
+        self._path = Path(str(config.run.dir)) / "checkpoints" / REWIND
+        order = engine.on_main(self._read)
+        self._order = order if order is not None and order["step"] == checkpoints.step else None
+        self.left_out = self._order["left_out"] if self._order else 0
 
     def _read(self) -> dict[str, int] | None:
         """Reads where the run was sent back to; None where it was not."""
-        try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-            order = {name: int(content[name]) for name in KEYS}
-            if min(order.values()) < 0:
-                raise ValueError("a number below 0")
-            return order
-        except FileNotFoundError:
+        if not self._path.exists():
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{self._path} is damaged ({error!r}): delete it, and the run goes on with the batches of the spike"
-            ) from None
+        content = read_text(self._path)
+        try:
+            order: dict[str, int] = json.loads(content)
+            if sorted(order) == sorted(KEYS) and all(type(one) is int and one >= 0 for one in order.values()):
+                return order
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            pass
+        raise CheckpointError(
+            f"{self._path} is damaged: expected {', '.join(KEYS)} as numbers; delete it, and the run goes on with the "
+            "batches of the spike"
+        )
 
     def state(self) -> dict[str, Any]:
         """Describes what a checkpoint keeps of it."""
@@ -64,10 +63,10 @@ class Rewind:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up what `state` described, unless the run was sent back to that step since."""
-        if not self._is_sent_back:
+        if self._order is None:
             self.left_out = state["left_out"]
 
-    def go_back(self, step: int, why: str) -> Rewound | NumericsError | None:
+    def go_back(self, step: int, why: str) -> UserError | None:
         """Sends the run back from a step that was skipped as a spike, if it is to be; every process must call it.
 
         Without a checkpoint to go back to, the step stays skipped.
@@ -85,17 +84,16 @@ class Rewind:
         target = self._checkpoints.newest()
         if target is None:
             return None
-        order, times = self._order, 1
-        if order is not None and order["step"] == target:
-            times += order["times"]
+        times = 1 + (self._order["times"] if self._order and self._order["step"] == target else 0)
         if times > self._most:
             return NumericsError(
-                f"step {step}: {why}; the run went back to step {target} {self._most} times (train.max_skipped_steps), "
-                "each time to other batches: lower optim.lr or look at the data"
+                f"step {step}: {why}; the run went back to step {target} as often as "
+                f"train.max_skipped_steps={self._most} allows, each time to other batches: lower optim.lr, or look at "
+                "the data"
             )
         order = dict(zip(KEYS, (target, self.left_out + step - target, times), strict=True))
-        self._engine.on_main(lambda: self._checkpoints.note(NAME, json.dumps(order)))
-        return Rewound(
-            f"step {step}: {why}; started again, the run goes on after step {target} without the batches of the "
-            f"{step - target} steps that led there"
+        self._engine.on_main(lambda: self._checkpoints.note(REWIND, json.dumps(order)))
+        return RewoundError(
+            f"step {step}: {why}; started again, the run goes on after step {target}, without the batches of steps "
+            f"{target + 1} to {step}"
         )

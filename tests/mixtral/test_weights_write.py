@@ -1,5 +1,6 @@
 """Writing: what others read, whole or not at all."""
 
+import io
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 from mixtral.weights import WeightsError, names, read
-from mixtral.weights.write import HubWriter, Planned, new_folder
+from mixtral.weights.write import HubWriter, Planned, new_folder, write_whole
 
 
 def planned(model):
@@ -98,3 +99,14 @@ def test_two_writers_of_one_folder_do_not_meet(tmp_path):
         with pytest.raises(BlockingIOError, match="out is being written by another process"):
             new_folder(tmp_path / "out").__enter__()
     assert (tmp_path / "out" / "file").read_text() == "first"
+
+
+def test_all_is_written_where_the_disk_takes_half_of_what_it_is_given(tmp_path):
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(data[: -(-len(data) // 2)])
+
+    content = bytes(range(256)) * 5000
+    with Slow(tmp_path / "file", "w") as file:
+        write_whole(file, memoryview(content))
+    assert (tmp_path / "file").read_bytes() == content

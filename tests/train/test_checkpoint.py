@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 
+from mixtral.weights import write
 from tests.multiprocess.many_runs import run
 from tests.train.helpers import metrics, read_json, run_small, write_corpus
 from tests.train.test_labelled import labelled
@@ -169,14 +170,15 @@ def test_what_is_written_is_hashed_and_read_back_whole(tmp_path, monkeypatch, ch
     """Of three parts, the second of which the disk is given in pieces, and forced to begin early."""
     parts = [b"one", bytes(range(256)) * 64, b"\x01"]
     put = durable.write_whole
+    monkeypatch.setattr(write, "WRITE_BYTES", 1000)
     monkeypatch.setattr(durable, "EARLY_BYTES", 2)
     monkeypatch.setattr(durable, "write_whole", lambda file, part: put(file, (part == b"\x01" and change) or part))
-    write = partial(durable.write_durably, tmp_path / "file", map(memoryview, parts), read_back=True)
+    write_all = partial(durable.write_durably, tmp_path / "file", map(memoryview, parts), read_back=True)
     if change:
         with pytest.raises(CheckpointError, match="is damaged"):
-            write()
+            write_all()
     else:
-        assert write() == (len(b"".join(parts)), hashlib.sha256(b"".join(parts)).hexdigest())
+        assert write_all() == (len(b"".join(parts)), hashlib.sha256(b"".join(parts)).hexdigest())
         assert (tmp_path / "file").read_bytes() == b"".join(parts)
 
 

@@ -13,11 +13,12 @@ import train.evaluate.evaluations
 import train.loop
 from mixtral import MixtralForCausalLM
 from tests.multiprocess.many_runs import run
-from tests.train.helpers import metrics, read_json, run_small, write_corpus
+from tests.train.helpers import SMALL, metrics, read_json, run_small, write_corpus
 from tests.train.test_checkpoint import figures, tensors
 from train.checkpoint import values
 from train.checkpoint.find import listed
 from train.checkpoint.manifest import check_folder
+from train.compose import compose
 from train.config import TrainConfig
 from train.errors import ConfigError, NumericsError
 from train.guard import Guard, Skip, zscore
@@ -258,13 +259,13 @@ def test_a_spike_sends_the_run_back_to_its_checkpoint_and_on_without_the_batches
     """Twice to the same one; then the batches stay left out through the next checkpoint. Steps are counted on."""
     _, undisturbed = spiking(tmp_path / "undisturbed", "train.max_steps=37")
     folder = tmp_path / "run"
-    words = ["train.max_steps=30", "train.log_every=10"]
+    words = ["train.max_steps=30", "train.log_every=10", "checkpoint.keep_last=3"]
     assert spiking(folder, *words, leaps_at=[28])[0] == 75
     ended = read_json(folder / "exit.json")
     assert ended["reason"] == "rewound"
     assert re.fullmatch(
-        r"step 28: the loss \S+ is \S+ deviations above .*; started again, the run goes on after step 25 without the "
-        "batches of the 3 steps that led there",
+        r"step 28: the loss \S+ is \S+ deviations above .*; started again, the run goes on after step 25, without the "
+        "batches of steps 26 to 28",
         ended["message"],
     )
     code, taken = spiking(folder, *words, leaps_at=[2])
@@ -283,26 +284,38 @@ def test_a_spike_sends_the_run_back_to_its_checkpoint_and_on_without_the_batches
     assert [row["step"] for row in metrics(folder)] == [0, 1, 10, 20, 30, 32]
     discarded = (folder / "metrics.discarded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in discarded] == [28, 27]
-    kept = read_json(folder / "failures" / "step-00000027-rank-0.json")
+    kept = read_json(folder / "failures" / "step-00000027-batch-00000030-rank-0.json")
     assert kept["rows"] == [list(range(4 * 29, 4 * 30))]
+    again = ["train.max_steps=34", f"checkpoint.resume={folder / 'checkpoints' / 'step-00000025'}"]
+    code, taken = spiking(folder, *words, *again, leaps_at=[2])
+    assert taken[0].equal(undisturbed[25])  # nothing is left out any more
+    assert code == 0  # those words would not go on from what was gone back to
 
 
 def test_a_run_that_is_sent_back_too_often_ends_with_five_and_one_that_cannot_be_skips_the_spike(
     spiking, tmp_path, capsys
 ):
-    words = ["train.max_steps=30", "train.max_skipped_steps=1"]
-    assert spiking(tmp_path / "often", *words, leaps_at=[28])[0] == 5
+    words = ["train.max_steps=30", "train.max_skipped_steps=0"]
+    assert spiking(tmp_path / "never", *words, leaps_at=[28])[0] == 5
     words[1] = "train.max_skipped_steps=2"
-    assert [spiking(tmp_path / "again", *words, leaps_at=[at])[0] for at in (28, 2, 3)] == [75, 75, 5]
-    said = read_json(tmp_path / "again" / "exit.json")["message"]
-    assert "the run went back to step 25 2 times (train.max_skipped_steps), each time to other batches: lower" in said
+    assert [spiking(tmp_path / "often", *words, leaps_at=[at])[0] for at in (28, 2, 3)] == [75, 75, 5]
+    said = read_json(tmp_path / "often" / "exit.json")["message"]
+    assert "went back to step 25 as often as train.max_skipped_steps=2 allows, each time to other batches" in said
     capsys.readouterr()
     assert spiking(tmp_path / "first", *words, leaps_at=[23])[0] == 0
     assert "WARNING step 23: " in capsys.readouterr().out
     assert metrics(tmp_path / "first")[-1]["skipped_steps"] == 1
-    (tmp_path / "first" / "checkpoints" / "rewind.json").write_text('{"step": 30}')
-    assert spiking(tmp_path / "first", *words, "train.max_steps=31")[0] == 4
-    assert "rewind.json is damaged" in read_json(tmp_path / "first" / "exit.json")["message"]
-    for word in ("train.spike_zscore=null", "checkpoint.every=null"):
-        with pytest.raises(ConfigError, match=r"train\.on_spike=rewind needs a train\.spike_zscore"):
-            spiking(tmp_path / "none", *words, word)
+
+
+@pytest.mark.parametrize("content", ["", "[[", '{"step": 25}', '{"step": 25, "left_out": Infinity, "times": 1}'])
+def test_a_damaged_word_of_where_to_go_on_is_no_reason_to_forget_it(content, spiking, tmp_path):
+    assert spiking(tmp_path, "train.max_steps=1")[0] == 0
+    (tmp_path / "checkpoints" / "rewind.json").write_text(content)
+    assert spiking(tmp_path, "train.max_steps=2")[0] == 4
+    assert "rewind.json is damaged: expected step, left_out, times" in read_json(tmp_path / "exit.json")["message"]
+
+
+@pytest.mark.parametrize("word", ["train.spike_zscore=null", "checkpoint.every=null", "train.epochs=2"])
+def test_going_back_needs_something_to_see_a_spike_by_and_to_go_back_to_and_no_end_of_the_data(word):
+    with pytest.raises(ConfigError, match=r"^train\.on_spike=rewind "):
+        compose([*SMALL, "train.on_spike=rewind", "checkpoint.every=1", word])

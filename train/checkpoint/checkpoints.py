@@ -34,6 +34,7 @@ from train.folder import RunFolder, has_trained
 from train.parallel.engine import Engine
 
 T = TypeVar("T")
+REWIND = "rewind.json"  # says that the newest checkpoint is gone back to, and how; see `train.rewind`
 
 
 class Pending(NamedTuple):
@@ -109,6 +110,13 @@ class Checkpoints:
     def step(self) -> int:
         """The step that the run goes on after; 0 for a new one."""
         return self._found.state["step"] if self._found else 0
+
+    @property
+    def newest_is_next(self) -> bool:
+        """Whether the run, started again by the same words, goes on from its newest checkpoint."""
+        resume = self._config.resume
+        named = None if resume in ("auto", "never") else Path(resume).expanduser().resolve()
+        return resume != "never" and (named is None or named.parent != self._root.resolve())
 
     def _refuse_another(self, found: Found, config: Config) -> None:
         state, rows = found.state, self._rows_per_step
@@ -353,6 +361,7 @@ class Checkpoints:
         partial.rename(target)
         sync_folder(self._root)
         self.note("latest", target.name)
+        (self._root / REWIND).unlink(missing_ok=True)  # this one knows what it leaves out
 
     def _describe(self, step: int, random: list[dict[str, str]]) -> dict[str, Any]:
         state = self._engine.state

@@ -56,7 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Written]:
         CheckpointError: when it is missing, damaged, of another checkpoint, or names what no checkpoint holds.
     """
     path, step = folder / NAME, step_of(folder.name)
-    text = _read_text(path)
+    text = read_text(path)
     try:
         content = json.loads(text)
         files = {str(name): Written(file["bytes"], file["sha256"]) for name, file in content["files"].items()}
@@ -90,11 +90,11 @@ def check_folder(folder: Path, index: int = 0, count: int = 1) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Reads `state.json` of a checkpoint that was checked."""
-    state: dict[str, Any] = json.loads(_read_text(folder / STATE))
+    state: dict[str, Any] = json.loads(read_text(folder / STATE))
     return state
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Reads a small file of text.
 
     Raises:
