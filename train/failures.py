@@ -93,6 +93,7 @@ class Failures:
         path = self._folder / f"step-{step:08d}{batch}-rank-{self._share.rank}.safetensors"
         described: dict[str, Any] = {
             "step": step,
+            "batch": self._batch(step) + 1,
             "rank": self._share.rank,
             "processes": self._share.world_size,
             "seed": self._config.run.seed,

@@ -39,7 +39,14 @@ class Rewind:
         self._path = Path(str(config.run.dir)) / "checkpoints" / REWIND
         order = engine.on_main(self._read)
         self._order = order if order is not None and order["step"] == checkpoints.step else None
-        self.left_out = self._order["left_out"] if self._order else 0
+        self.left_out = 0
+        if self._order is not None:
+            self._leave_out(self._order["left_out"])
+
+    def _leave_out(self, steps: int) -> None:
+        self.left_out = steps
+        if steps and self._engine.is_main:
+            print(f"the batches of {steps} steps are left out: the next is batch {self._checkpoints.step + steps + 1}")
 
     def _read(self) -> dict[str, int] | None:
         """Reads where the run was sent back to; None where it was not."""
@@ -64,7 +71,7 @@ class Rewind:
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up what `state` described, unless the run was sent back to that step since."""
         if self._order is None:
-            self.left_out = state["left_out"]
+            self._leave_out(state["left_out"])
 
     def go_back(self, step: int, why: str) -> UserError | None:
         """Sends the run back from a step that was skipped as a spike, if it is to be; every process must call it.
@@ -78,7 +85,7 @@ class Rewind:
         Returns:
             What every process is to end with: to be started again, or because it was sent back there too often.
         """
-        if not self._is_wanted:
+        if not self._is_wanted or self._most == 0:
             return None
         self._checkpoints.finish()
         target = self._checkpoints.newest()
@@ -88,12 +95,13 @@ class Rewind:
         if times > self._most:
             return NumericsError(
                 f"step {step}: {why}; the run went back to step {target} as often as "
-                f"train.max_skipped_steps={self._most} allows, each time to other batches: lower optim.lr, or look at "
-                "the data"
+                f"train.max_skipped_steps={self._most} allows, each time to other batches: look at the data, allow "
+                "more, or take such steps (train.on_spike=log)"
             )
-        order = dict(zip(KEYS, (target, self.left_out + step - target, times), strict=True))
+        left_out = self.left_out + step - target
+        order = dict(zip(KEYS, (target, left_out, times), strict=True))
         self._engine.on_main(lambda: self._checkpoints.note(REWIND, json.dumps(order)))
         return RewoundError(
-            f"step {step}: {why}; started again, the run goes on after step {target}, without the batches of steps "
-            f"{target + 1} to {step}"
+            f"step {step}: {why}; started again, the run goes on after step {target} with batch "
+            f"{target + left_out + 1}: those of {left_out} steps are left out"
         )

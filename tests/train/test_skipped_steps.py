@@ -255,7 +255,7 @@ def spiking(corpus, monkeypatch):
     return run_on
 
 
-def test_a_spike_sends_the_run_back_to_its_checkpoint_and_on_without_the_batches_since(spiking, tmp_path):
+def test_a_spike_sends_the_run_back_to_its_checkpoint_and_on_without_the_batches_since(spiking, tmp_path, capsys):
     """Twice to the same one; then the batches stay left out through the next checkpoint. Steps are counted on."""
     _, undisturbed = spiking(tmp_path / "undisturbed", "train.max_steps=37")
     folder = tmp_path / "run"
@@ -264,8 +264,8 @@ def test_a_spike_sends_the_run_back_to_its_checkpoint_and_on_without_the_batches
     ended = read_json(folder / "exit.json")
     assert ended["reason"] == "rewound"
     assert re.fullmatch(
-        r"step 28: the loss \S+ is \S+ deviations above .*; started again, the run goes on after step 25, without the "
-        "batches of steps 26 to 28",
+        r"step 28: the loss \S+ is \S+ deviations above .*; started again, the run goes on after step 25 with batch "
+        "29: those of 3 steps are left out",
         ended["message"],
     )
     code, taken = spiking(folder, *words, leaps_at=[2])
@@ -285,7 +285,8 @@ def test_a_spike_sends_the_run_back_to_its_checkpoint_and_on_without_the_batches
     discarded = (folder / "metrics.discarded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in discarded] == [28, 27]
     kept = read_json(folder / "failures" / "step-00000027-batch-00000030-rank-0.json")
-    assert kept["rows"] == [list(range(4 * 29, 4 * 30))]
+    assert (kept["batch"], kept["rows"]) == (30, [list(range(4 * 29, 4 * 30))])
+    assert "the batches of 5 steps are left out: the next is batch 36" in capsys.readouterr().out
     again = ["train.max_steps=34", f"checkpoint.resume={folder / 'checkpoints' / 'step-00000025'}"]
     code, taken = spiking(folder, *words, *again, leaps_at=[2])
     assert taken[0].equal(undisturbed[25])  # nothing is left out any more
@@ -297,6 +298,7 @@ def test_a_run_that_is_sent_back_too_often_ends_with_five_and_one_that_cannot_be
 ):
     words = ["train.max_steps=30", "train.max_skipped_steps=0"]
     assert spiking(tmp_path / "never", *words, leaps_at=[28])[0] == 5
+    assert "1 in a row, of train.max_skipped_steps=0" in read_json(tmp_path / "never" / "exit.json")["message"]
     words[1] = "train.max_skipped_steps=2"
     assert [spiking(tmp_path / "often", *words, leaps_at=[at])[0] for at in (28, 2, 3)] == [75, 75, 5]
     said = read_json(tmp_path / "often" / "exit.json")["message"]
