@@ -14,8 +14,9 @@ def is_few(x: Tensor) -> bool:
 def few_rows(x_mX: Tensor, weight_YX: Tensor) -> Tensor:
     """Computes x @ weight.mT, (m, Y), as (weight @ x.mT).mT, and one row as two.
 
-    It reads the matrix at 20 to 40 GB/s, where the product in its usual order, or of one row, reads it at 8 to 18:
-    measured with MKL on two cores of an AMD EPYC. In bf16, whose products are oneDNN's, it is slower.
+    It reads the matrix at 12 to 43 GB/s, where the product in its usual order reads it at 5 to 18: measured with MKL on
+    two cores of an AMD EPYC; only 5 to 8 rows of more than a thousand numbers lose, by up to a third. In bf16, whose
+    products are oneDNN's, it is slower.
     """
     rows = x_mX.shape[0]
     columns_Xm = x_mX.repeat(2, 1).mT if rows == 1 else x_mX.mT
