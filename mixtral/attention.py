@@ -1,4 +1,4 @@
-"""What each attention backend needs, and our own, `attn_implementation="windowed"`, in transformers' interface."""
+"""What each attention backend needs, and our own, "windowed" and "tiled", in transformers' interface."""
 
 import inspect
 from typing import Any
@@ -15,16 +15,18 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from mixtral.cache import holds_nothing
 from mixtral.configuration import MixtralConfig
+from mixtral.ops.tiled import Spans, spans, tiled_attention
 from mixtral.ops.windowed import block_mask, blockwise_attention
 
-NAME = "windowed"
+WINDOWED, TILED = "windowed", "tiled"
 HALF = (torch.float16, torch.bfloat16)
 
 
 def register() -> None:
-    """Makes the backend known by its name; where a cache holds keys it is SDPA, whose mask it then takes."""
-    AttentionInterface.register(NAME, windowed_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    """Makes our backends known by their names; where a cache holds keys they are SDPA, whose mask they then take."""
+    for name, forward in ((WINDOWED, windowed_forward), (TILED, tiled_forward)):
+        AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def check(config: MixtralConfig) -> None:
@@ -34,9 +36,9 @@ def check(config: MixtralConfig) -> None:
         ValueError: for windowed attention without a window, or dropout where the backend has none.
     """
     name = config._attn_implementation
-    if name == NAME and config.sliding_window is None:
+    if name == WINDOWED and config.sliding_window is None:
         raise ValueError("attn_implementation='windowed' needs a sliding_window")
-    if name in (NAME, "flex_attention") and config.attention_dropout:
+    if name in (WINDOWED, TILED, "flex_attention") and config.attention_dropout:
         raise ValueError(f"attn_implementation={name!r} has no attention_dropout: set it to 0")
 
 
@@ -90,8 +92,10 @@ def prepare(
     if flash and packed:
         return None, _varlen(position_ids.expand(hidden_BSH.shape[:2]))
     ready = attention_mask is not None and attention_mask.dim() == 4
-    if config._attn_implementation == NAME and holds_nothing(cache) and not ready:
+    if config._attn_implementation in (WINDOWED, TILED) and holds_nothing(cache) and not ready:
         documents_BS = _documents(hidden_BSH, attention_mask, position_ids)
+        if config._attn_implementation == TILED:
+            return spans(documents_BS), {}
         assert config.sliding_window is not None
         return block_mask(documents_BS, config.sliding_window, hidden_BSH.dtype), {}
     make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
@@ -139,3 +143,19 @@ def windowed_forward(
         return sdpa_attention_forward(module, query_BNSD, key_BGSD, value_BGSD, attention_mask, **kwargs)
     out = blockwise_attention(query_BNSD, key_BGSD, value_BGSD, attention_mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+def tiled_forward(
+    module: nn.Module,
+    query_BNSD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    attention_mask: Tensor | Spans | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attends in tiles, given where documents are; given a mask, through SDPA. Returns (B, S, N, D)."""
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        return sdpa_attention_forward(module, query_BNSD, key_BGSD, value_BGSD, attention_mask, **kwargs)
+    out = tiled_attention(query_BNSD, key_BGSD, value_BGSD, attention_mask, sliding_window)
+    return out.transpose(1, 2), None

@@ -60,7 +60,7 @@ def test_any_chunks_through_any_window_equal_a_full_recomputation(make_model, da
     torch.manual_seed(0)
     length = data.draw(st.integers(2, 40))
     window = data.draw(st.one_of(st.none(), st.integers(1, length + 2)))
-    implementation = data.draw(st.sampled_from(["sdpa", "eager", "windowed"] if window else ["sdpa", "eager"]))
+    implementation = data.draw(st.sampled_from(["sdpa", "eager", "tiled", *(["windowed"] if window else [])]))
     padding = data.draw(st.integers(0, length - 1))
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1))))
     model = make_model(sliding_window=window, num_hidden_layers=2, attn_implementation=implementation).eval()

@@ -62,7 +62,7 @@ def test_two_hundred_tokens_past_a_window_of_64_equal_transformers(make_pair, se
     assert torch.equal(ours.generate(**arguments), expected)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "windowed"])
+@pytest.mark.parametrize("implementation", ["eager", "windowed", "tiled"])
 def test_every_backend_generates_the_same_past_the_window(make_model, implementation):
     model = make_model(**DECIDED, sliding_window=9).eval()
     arguments = {**prompt(), "max_new_tokens": 30, "do_sample": False}

@@ -125,7 +125,7 @@ def test_attention_dropout_equals_transformers_drop_for_drop(make_pair, implemen
     assert (outputs[1] - without).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("implementation", ["windowed", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["windowed", "tiled", "flex_attention"])
 def test_backends_without_dropout_refuse_it_when_built_and_when_chosen_later(make_model, implementation):
     changes = {"sliding_window": 4, "attention_dropout": 0.1}
     message = f"attn_implementation='{implementation}' has no attention_dropout"
@@ -137,7 +137,7 @@ def test_backends_without_dropout_refuse_it_when_built_and_when_chosen_later(mak
         model(ids())
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "windowed", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["sdpa", "windowed", "tiled", "flex_attention"])
 def test_attentions_are_refused_where_the_backend_never_forms_them(make_model, implementation):
     model = make_model(attn_implementation=implementation, sliding_window=4)
     with pytest.raises(
@@ -273,8 +273,9 @@ def test_a_language_model_loads_into_the_other_classes_and_says_what_is_new(tmp_
         assert same(MixtralModel.from_pretrained(tmp_path)(input_ids).last_hidden_state, hidden)
 
 
-def test_windowed_attention_takes_a_mask_that_is_ready(make_model):
-    model = make_model(attn_implementation="windowed", sliding_window=4).eval()
+@pytest.mark.parametrize("implementation", ["windowed", "tiled"])
+def test_our_backends_take_a_mask_that_is_ready(make_model, implementation):
+    model = make_model(attn_implementation=implementation, sliding_window=4).eval()
     seen = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12).clone()
     seen[0, :, 5:, :5] = False
     input_ids = ids()
@@ -283,6 +284,14 @@ def test_windowed_attention_takes_a_mask_that_is_ready(make_model):
     expected = model(input_ids, attention_mask=seen).logits
     assert (got - expected).abs().max() <= 1e-6
     assert (got - model(input_ids).logits).abs().max() > 1e-5
+
+
+def test_a_compiled_model_runs_tiled_attention_as_it_is(make_model):
+    model = make_model(attn_implementation="tiled", num_hidden_layers=1).eval()
+    compiled = torch.compile(model, backend="eager")
+    input_ids = ids()
+    expected = model(input_ids, use_cache=False).logits
+    assert (compiled(input_ids, use_cache=False).logits - expected).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from mixtral.ops import attention, cross_entropy, experts, linear, windowed
+from mixtral.ops import attention, cross_entropy, experts, linear, tiled, windowed
 from mixtral.ops.permute import gather_rows, place_of, sort_rows, spread_rows, weigh_rows
 from mixtral.ops.rope import apply_rope
 
@@ -306,6 +306,71 @@ def test_windowed_attention_equals_its_reference_with_gradients(length, window, 
     gradients = [torch.autograd.grad(output, (query, key, value), upstream) for output in outputs]
     for mine, other in zip(*gradients, strict=True):
         assert torch.allclose(mine, other, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("tile", [(256, 2**21), (16, 2**21), (16, 128)], ids=["whole", "some queries", "some heads"])
+@pytest.mark.parametrize(
+    ("length", "window"), [(1, None), (10, 3), (5, 9), (7, 1), (64, 64), (130, 1), (300, None), (700, 300)]
+)
+def test_tiled_attention_equals_the_windowed_reference_with_gradients(monkeypatch, length, window, tile):
+    monkeypatch.setattr(tiled, "QUERIES", tile[0])
+    monkeypatch.setattr(tiled, "SCORES", tile[1])
+    monkeypatch.setattr(tiled, "FEWEST", 4)
+    query, key, value = leaf(2, 4, length, 8), leaf(2, 2, length, 8), leaf(2, 2, length, 8)
+    documents = torch.zeros(2, length, dtype=torch.long)
+    documents[0, length // 2 :], documents[1, 1 + length // 2 :] = 1, -1  # two documents; padding after one
+    real = (documents >= 0)[:, None, :, None]
+    got = tiled.tiled_attention(query, key, value, tiled.spans(documents), window)
+    expected = windowed.reference(query, key, value, documents, window or length) * real
+    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-14)
+    assert not got[1, :, 1 + length // 2 :].any()
+    upstream = torch.randn_like(got)
+    gradients = [torch.autograd.grad(output, (query, key, value), upstream) for output in (got, expected)]
+    for mine, other in zip(*gradients, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-13)
+
+
+def test_tiled_attention_rounds_no_more_than_sdpa_in_bf16():
+    """In the output by a quarter more, since it rounds what its softmax gives; less in the sum of the gradients."""
+    wide = [torch.randn(2, heads, 600, 64).bfloat16().double().requires_grad_() for heads in (8, 2, 2)]
+    narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
+    upstream = torch.randn(2, 8, 600, 64).bfloat16()
+
+    def sdpa(*inputs):
+        return torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+
+    def results(attend, inputs):
+        out = attend(*inputs)
+        return out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))
+
+    exact = results(sdpa, wide)
+    errors = [
+        [
+            float((got.double() - true).norm() / true.norm())
+            for got, true in zip(results(attend, narrow), exact, strict=True)
+        ]
+        for attend in (lambda *inputs: tiled.tiled_attention(*inputs, (((0, 600),),) * 2, None), sdpa)
+    ]
+    assert errors[0][0] < 1.25 * errors[1][0]
+    assert sum(errors[0][1:]) < sum(errors[1][1:])
+
+
+def test_tiled_attention_leaves_the_precision_of_other_products_as_it_was():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    inputs = [torch.randn(1, 2, 9, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    tiled.tiled_attention(*inputs, (((0, 9),),), None).sum().backward()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with pytest.raises(RuntimeError):
+        tiled.tiled_attention(inputs[0], inputs[1].detach().float()[..., :4], inputs[2], (((0, 9),),), None)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_tiled_attention_keeps_its_inputs_alone_for_backward():
+    kept = []
+    inputs = [leaf(1, 2, 300, 8) for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        tiled.tiled_attention(*inputs, (((0, 300),),), None)
+    assert kept == [x.data_ptr() for x in inputs]
 
 
 def test_a_query_sees_exactly_the_keys_of_its_window():

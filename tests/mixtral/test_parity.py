@@ -47,6 +47,8 @@ MODELS = {
     "window longer than the rows": {"sliding_window": 60},
     "windowed": {"attn_implementation": "windowed", "sliding_window": 5},
     "windowed, longer than the rows": {"attn_implementation": "windowed", "sliding_window": 60},
+    "tiled": {"attn_implementation": "tiled"},
+    "tiled, with a window": {"attn_implementation": "tiled", "sliding_window": 5},
     "one key/value head": {"num_key_value_heads": 1},
     "a key/value head per query head": {"num_key_value_heads": 4},
     "windowed, a key/value head per query head": {
@@ -66,7 +68,7 @@ def test_outputs_losses_and_gradients_equal_transformers(make_pair, model, input
     input_ids = ids()
     arguments = {"input_ids": input_ids, "labels": input_ids, "use_cache": False, **INPUTS[inputs]()}
     visible = arguments.get("attention_mask", torch.ones(2, 24)).bool()  # what padding attends to is not defined
-    if "windowed" in model:  # and differs here from sdpa's
+    if "windowed" in model or "tiled" in model:  # and differs here from sdpa's
         arguments["labels"] = input_ids.where(visible & visible.roll(1, dims=1), -100)
     expected = theirs(**arguments, output_router_logits=True)
     got = ours(**arguments, output_router_logits=True)
@@ -236,6 +238,7 @@ BF16 = {
     "eager": {"attn_implementation": "eager"},
     "a window": {"sliding_window": 5},
     "windowed": {"attn_implementation": "windowed", "sliding_window": 5},
+    "tiled": {"attn_implementation": "tiled"},
     "tied embeddings": {"tie_word_embeddings": True},
 }
 

@@ -129,6 +129,11 @@ def test_a_mistake_is_refused_by_its_full_key(word):
     assert "\n" not in str(caught.value)
 
 
+def test_tiled_attention_has_no_dropout():
+    with pytest.raises(ConfigError, match="model.attn_implementation=tiled needs model.attention_dropout=0"):
+        compose(["recipe=demo", "model.attn_implementation=tiled", "model.attention_dropout=0.1"])
+
+
 RECIPE_MISTAKES = {
     "train:\n  max_step: 3\n": "unknown key train.max_step in recipe .*mine.yaml; did you mean train.max_steps",
     "trian:\n  max_steps: 3\n": "trian in recipe .*mine.yaml",

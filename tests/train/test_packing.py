@@ -138,7 +138,7 @@ def test_evaluation_sees_each_row_once_in_equally_many_batches(world):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "windowed"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "windowed", "tiled"])
 def test_a_packed_row_equals_its_documents_alone(make_model, implementation, window):
     """Logits and gradients, in fp64: nothing is seen or predicted across a border."""
     window = window or (99 if implementation == "windowed" else None)

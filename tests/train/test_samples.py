@@ -98,7 +98,7 @@ def test_empty_samples_are_left_out():
     assert rows[0][3].sum() == 7
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "windowed"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "windowed", "tiled"])
 def test_packed_samples_have_the_loss_and_gradients_of_padded_ones(make_model, implementation):
     """In fp64, to 1e-10: nothing is seen across samples, and the sum over trained tokens is the same."""
     window = 99 if implementation == "windowed" else None

@@ -92,7 +92,9 @@ def _attention(layout: Layout) -> list[float]:
     backend = model.attn_implementation
     repeated = backend in ("sdpa", "eager")  # which take as many key and value heads as query heads beside a mask
     heads = queries if repeated else keys
-    kept: list[float] = [b * queries, b * queries, b * heads, b * heads, FP32 * model.num_attention_heads]
+    kept: list[float] = [b * queries, b * queries, b * heads, b * heads]
+    if backend != "tiled":
+        kept.append(FP32 * model.num_attention_heads)
     if backend == "sdpa":
         kept.append(b * length)  # the mask of a row, in numbers
     elif backend == "eager":

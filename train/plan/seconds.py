@@ -93,7 +93,7 @@ def compute(layout: Layout, device: Device, skew: Skew) -> dict[str, float]:
     again = 1 if config.train.recompute == "layers" else 0  # passes forward besides the first
     projections = 2 * tokens * hidden * 2 * (queries + keys) * (again + _passes(layout, "_proj.weight"))
     visible: float = config.data.sequence_length
-    if model.attn_implementation in ("windowed", "flash_attention_2"):
+    if model.attn_implementation in ("windowed", "tiled", "flash_attention_2"):
         visible = min(visible / 2, model.sliding_window or visible)  # masked blocks are not computed
     core = 4 * tokens * visible * queries * (1 + again + ATTENTION_BACKWARD)
     experts = 2 * rows * 3 * hidden * model.intermediate_size * (again + _passes(layout, ".experts.gate_up_proj"))
