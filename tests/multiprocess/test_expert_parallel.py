@@ -23,6 +23,13 @@ def test_any_routing_gives_the_outputs_and_gradients_of_one_process(processes):
     assert done.stdout.splitlines() == [f"held: {case}" for case in CASES]
 
 
+def test_zero_1_reduces_bf16_gradients_in_place_to_what_deepspeed_makes_of_them():
+    """Bit by bit over two accumulated steps, dense parameters and split experts, without joining tensors."""
+    done = launch_ranks(2, "tests.multiprocess.reduction_worker", timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "held"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Launches a small run and returns its folder."""

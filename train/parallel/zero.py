@@ -20,6 +20,7 @@ from train.parallel.engine import Engine, Kind, Model, Weights, fill
 from train.parallel.exchange import Traffic
 from train.parallel.expert import ExpertParallelBlock, mark_as_split, split_experts
 from train.parallel.host_memory import freed_at_once
+from train.parallel.reduction import reduce_in_place
 from train.parallel.state import whole_parameters
 from train.parallel.zero_state import zero_state
 
@@ -74,6 +75,7 @@ class ZeroEngine(Engine):
             optimizer.param_groups = [group for group in split if group["params"]]
         self.look_at(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        reduce_in_place(self.model)
         self.module = self.model.module
         wholes = whole_parameters(self.module, self.rank, self.expert_ranks)
         self.state = zero_state(self.model.optimizer, wholes, MOMENTS[self._config.optim.name])
