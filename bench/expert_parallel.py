@@ -93,7 +93,8 @@ def configuration(precision: str, *words: str) -> Any:
 
     sizes = [f"model.{name}={value}" for name, value in MODEL.items()]
     words += ("recipe=pretrain_tiny", f"data.sequence_length={LENGTH}", f"train.micro_batch_size={ROWS}")
-    words += (f"train.precision={precision}", "optim.eps=1e-8", "optim.weight_decay=0.1", "evaluate.sample_tokens=0")
+    words += (f"train.precision={precision}", "model.attn_implementation=tiled", "evaluate.sample_tokens=0")
+    words += ("optim.eps=1e-8", "optim.weight_decay=0.1")
     return compose([*words, *sizes]).config
 
 

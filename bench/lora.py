@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.instruments import DEVICE, PeakMemory, in_turns, machine, median, timed
-from bench.step import SIZES
+from bench.step import ATTENTION, SIZES
 
 ROWS, LENGTH, RANK, SCALE = 2, 1024, 16, 2.0
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 Step = Callable[[Tensor], Tensor]
 
 
@@ -31,8 +31,8 @@ def ours(dtype: torch.dtype, _: str) -> tuple[nn.Module, Step]:
     from train.model import empty_model, initial_weights
     from train.parallel.engine import fill
 
-    config = MixtralConfig(**SIZES)
-    adapter, experts = Adapter(RANK, SCALE, ATTENTION, experts=True), range(config.num_local_experts)
+    config = MixtralConfig(**SIZES, attn_implementation=ATTENTION)
+    adapter, experts = Adapter(RANK, SCALE, ADAPTED, experts=True), range(config.num_local_experts)
     model = empty_model(config)
     adapt(model, adapter)
 
@@ -56,7 +56,7 @@ def theirs(dtype: torch.dtype, experts: str) -> tuple[nn.Module, Step]:
     described = peft.LoraConfig(
         r=RANK,
         lora_alpha=int(SCALE * RANK),
-        target_modules=list(ATTENTION),
+        target_modules=list(ADAPTED),
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
     adapted = peft.get_peft_model(model, described, autocast_adapter_dtype=False)
