@@ -51,7 +51,8 @@ def mixtral():
 
 @pytest.fixture(scope="module")
 def corpus():
-    return load_documents(DataConfig(path="python_stdlib")).select(range(0, 800, 40))
+    documents = load_documents(DataConfig(path="python_stdlib"))
+    return documents.select(range(0, len(documents), len(documents) // 20))  # a Python may come with fewer sources
 
 
 def test_mixtral_ids_equal_sentencepiece_on_code_prose_and_scripts(mixtral, corpus):
