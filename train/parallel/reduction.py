@@ -15,6 +15,7 @@ def reduce_in_place(engine: Any) -> None:
     optimizer = engine.optimizer
     if not isinstance(optimizer, BF16_Optimizer):
         return
+    assert optimizer.autoep_folding_tp_group is None, "its correction of gradients is not made here"
 
     def reduce(tensors: list[Tensor], group: Any, size: float | None = None) -> None:
         for tensor in tensors:
