@@ -93,8 +93,8 @@ class _TiledAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query_BNSD, key_BGSD, value_BGSD)
         ctx.documents, ctx.window = documents, window
-        out_BNSD = query_BNSD.transpose(1, 2).new_zeros(query_BNSD.transpose(1, 2).shape).transpose(1, 2)
-        heads, groups = query_BNSD.shape[1], key_BGSD.shape[1]
+        (batch, heads, length, dim), groups = query_BNSD.shape, key_BGSD.shape[1]
+        out_BNSD = query_BNSD.new_zeros(batch, length, heads, dim).transpose(1, 2)
         work = _Work(query_BNSD)
         for tile in _tiles(heads, groups, documents, window):
             query_gmD, out = (_queries(x, tile, groups) for x in (query_BNSD, out_BNSD))
@@ -175,8 +175,12 @@ class _Work:
 
 @contextlib.contextmanager
 def _products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Lets a CPU multiply fp32 numbers that came from bf16 as bf16; the products and their sums are those of fp32."""
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    """Lets a CPU multiply fp32 numbers that came from bf16 as bf16; the products and their sums are those of fp32.
+
+    The setting is one of the process, so that fp32 products of other threads would be rounded meanwhile.
+    """
+    backend: Any = torch.backends.mkldnn
+    settings = backend.matmul
     before = settings.fp32_precision
     if dtype == torch.bfloat16:
         settings.fp32_precision = "bf16"

@@ -330,7 +330,7 @@ def test_tiled_attention_equals_the_windowed_reference_with_gradients(monkeypatc
         assert torch.allclose(mine, other, rtol=1e-10, atol=1e-13)
 
 
-def test_tiled_attention_rounds_no_more_than_sdpa_in_bf16():
+def test_tiled_attention_in_bf16_is_as_near_to_fp64_as_sdpa():
     """In the output by a quarter more, since it rounds what its softmax gives; less in the sum of the gradients."""
     wide = [torch.randn(2, heads, 600, 64).bfloat16().double().requires_grad_() for heads in (8, 2, 2)]
     narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
