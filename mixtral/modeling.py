@@ -25,6 +25,7 @@ from mixtral.configuration import MixtralConfig
 from mixtral.moe import Experts, Router, Routing, SparseMoeBlock
 from mixtral.ops import attention as attention_op
 from mixtral.ops.linear import Linear
+from mixtral.ops.norm import rms_norm
 from mixtral.ops.rope import apply_rope
 from mixtral.weights import names
 
@@ -49,7 +50,7 @@ class ModelOutput(MoeModelOutputWithPast):
 
 
 class RMSNorm(nn.Module):
-    """Scales to unit root mean square, in at least fp32. Source: arXiv 1910.07467, equation 4."""
+    """Scales to unit root mean square; see `rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -58,9 +59,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixtral.configuration import MixtralConfig
 from mixtral.ops.experts import Activation, Assignment, Matrices, Projection, expert_ffn
+from mixtral.ops.linear import wide_linear
 from mixtral.ops.permute import sort_rows
 
 
@@ -43,7 +43,7 @@ class Router(nn.Module):
     def forward(self, x_TH: Tensor) -> Routing:
         """Routes T tokens."""
         with torch.autocast(x_TH.device.type, enabled=False):
-            logits_TE = self.logits(x_TH.to(torch.promote_types(x_TH.dtype, torch.float32)))
+            logits_TE = self.logits(x_TH)
         probability_TE = logits_TE.softmax(dim=-1)
         if self.training and self.bias_E is not None:
             experts_TK = (probability_TE.detach() + self.bias_E).topk(self.top_k, dim=-1).indices
@@ -53,8 +53,8 @@ class Router(nn.Module):
         return Routing(logits_TE, top_TK / top_TK.sum(dim=-1, keepdim=True), experts_TK)
 
     def logits(self, x_TH: Tensor) -> Tensor:
-        """Scores every expert, in the dtype of the input."""
-        return F.linear(x_TH, self.weight.to(x_TH.dtype))
+        """Scores every expert, in at least fp32."""
+        return wide_linear(x_TH, self.weight)
 
 
 Opener = Callable[[Tensor, tuple[int, int]], Matrices]

@@ -74,7 +74,9 @@ class AdaptedRouter(Router):
         self.scale, self.dropout = adapter.scale, dropout
 
     def logits(self, x_TH: Tensor) -> Tensor:
-        seen_TH = F.dropout(x_TH, self.dropout, self.training) if self.dropout else x_TH
+        seen_TH = x_TH.to(torch.promote_types(x_TH.dtype, torch.float32))
+        if self.dropout:
+            seen_TH = F.dropout(seen_TH, self.dropout, self.training)
         return super().logits(x_TH) + self.scale * self.lora_B(self.lora_A(seen_TH))
 
 

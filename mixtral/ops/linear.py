@@ -1,7 +1,11 @@
-"""Linear maps of a few rows, which is what writing a text one token at a time is made of."""
+"""Linear maps of a few rows, which is what writing a text one token at a time is made of, and in a wider dtype."""
+
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 FEW = 8  # up to so many rows the product is faster the other way round
 
@@ -32,3 +36,29 @@ class Linear(nn.Linear):
         if is_plain and not torch.is_grad_enabled() and is_few(x):
             return few_rows(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
         return super().forward(x)
+
+
+def wide_linear(x_TX: Tensor, weight_YX: Tensor) -> Tensor:
+    """Computes x @ weight.mT in at least fp32, (T, Y), and keeps of the rows none but those given."""
+    out_TY: Tensor = _WideLinear.apply(x_TX, weight_YX)
+    return out_TY
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TX: Tensor, weight_YX: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TX if ctx.needs_input_grad[1] else None, weight_YX)
+        ctx.dtype = x_TX.dtype
+        wide = torch.promote_types(x_TX.dtype, torch.float32)
+        return F.linear(x_TX.to(wide), weight_YX.to(wide))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TY: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TX, weight_YX = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_TY @ weight_YX.to(grad_TY.dtype)).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad_TY.mT @ x_TX.to(grad_TY.dtype)).to(weight_YX.dtype)
+        return grad_x, grad_weight

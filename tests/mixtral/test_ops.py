@@ -1,10 +1,12 @@
 """Every fast op against its reference, with gradients, in fp64."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.nn.functional import silu
 
-from mixtral.ops import attention, cross_entropy, experts, linear, tiled, windowed
+from mixtral.ops import attention, cross_entropy, experts, linear, norm, tiled, windowed
 from mixtral.ops.permute import gather_rows, place_of, sort_rows, spread_rows, weigh_rows
 from mixtral.ops.rope import apply_rope
 
@@ -13,6 +15,14 @@ EXPERTS, HIDDEN, INNER = 4, 6, 5
 
 def leaf(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@contextmanager
+def kept_tensors():
+    """Lists the tensors that are kept for backward."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        yield kept
 
 
 def assigned(counts, top_k=1):
@@ -105,8 +115,7 @@ def test_an_expert_without_rows_has_a_gradient_of_exactly_zero():
 def test_experts_keep_for_backward_their_tokens_and_what_gate_and_up_gave():
     assignment = assigned([320, 160, 64, 96], 2)
     _, arguments = tokens_and_projections(assignment)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+    with kept_tensors() as kept:
         experts.expert_ffn(*arguments, silu)
     given = {tensor.data_ptr() for tensor in (arguments[0], *assignment, arguments[2][0], arguments[3][0])}
     found = [(tensor.dtype, tensor.numel()) for tensor in kept if tensor.data_ptr() not in given]
@@ -206,6 +215,82 @@ def test_a_linear_layer_takes_a_row_without_a_batch():
 def test_few_rows_pass_gradcheck():
     assert torch.autograd.gradcheck(linear.few_rows, (leaf(1, 5), leaf(3, 5)))
     assert torch.autograd.gradcheck(linear.few_rows, (leaf(3, 5), leaf(4, 5)))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_a_wide_linear_map_equals_torch_s_with_gradients(rows):
+    x, weight = leaf(rows, 5), leaf(3, 5)
+    outputs = [op(x, weight) for op in (linear.wide_linear, torch.nn.functional.linear)]
+    assert torch.allclose(*outputs, rtol=1e-12, atol=1e-13)
+    upstream = torch.randn_like(outputs[0])
+    for mine, other in zip(*(torch.autograd.grad(out, (x, weight), upstream) for out in outputs), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-12, atol=1e-13)
+
+
+def test_a_wide_linear_map_of_bf16_is_that_of_fp32_and_keeps_what_it_was_given():
+    x, weight = (leaf(*shape).detach().bfloat16().requires_grad_() for shape in ((9, 64), (4, 64)))
+    wide = [tensor.detach().float().requires_grad_() for tensor in (x, weight)]
+    with kept_tensors() as kept:
+        out = linear.wide_linear(x, weight)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr(), weight.data_ptr()]
+    expected = torch.nn.functional.linear(*wide)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+    upstream = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (x, weight), upstream), torch.autograd.grad(expected, wide, upstream)
+    for mine, other in zip(*gradients, strict=True):
+        assert torch.equal(mine, other.bfloat16())
+
+
+def test_a_wide_linear_map_whose_weight_is_frozen_keeps_no_rows():
+    x, weight = leaf(9, 5), leaf(4, 5).detach()
+    with kept_tensors() as kept:
+        out = linear.wide_linear(x, weight)
+    assert [tensor.data_ptr() for tensor in kept] == [weight.data_ptr()]
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.allclose(gradient, weight.sum(dim=0).expand(9, 5), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (1, 6), (7, 6), (2, 5, 6), (6,)], ids=str)
+@pytest.mark.parametrize("trained", ["both", "input", "weight"])
+def test_the_norm_equals_its_reference_with_gradients(shape, trained):
+    x, weight = leaf(*shape), leaf(6)
+    inputs = {"both": (x, weight), "input": (x,), "weight": (weight,)}[trained]
+    for tensor in {x, weight} - set(inputs):
+        tensor.requires_grad_(False)
+    outputs = [op(x, weight, 1e-3) for op in (norm.rms_norm, norm.reference)]
+    assert torch.equal(*outputs)
+    upstream = torch.randn_like(outputs[0])
+    for mine, other in zip(*(torch.autograd.grad(out, inputs, upstream) for out in outputs), strict=True):
+        assert mine.shape == other.shape
+        assert torch.allclose(mine, other, rtol=1e-11, atol=1e-13)
+
+
+def test_the_norm_passes_gradcheck_and_keeps_its_input_and_a_number_a_row():
+    x, weight = leaf(3, 4, 6), leaf(6)
+    assert torch.autograd.gradcheck(lambda x, weight: norm.rms_norm(x, weight, 1e-3), (x, weight))
+    with kept_tensors() as kept:
+        norm.rms_norm(x, weight, 1e-3)
+    assert [tensor.data_ptr() for tensor in kept[:2]] == [x.data_ptr(), weight.data_ptr()]
+    assert [tensor.numel() for tensor in kept[2:]] == [3 * 4]
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_the_norm_of_bf16_is_its_reference_s_and_its_gradients_are_nearer_to_fp64(weight_dtype):
+    x = torch.randn(64, 96).bfloat16().requires_grad_()
+    weight = (1 + 0.1 * torch.randn(96)).to(weight_dtype).requires_grad_()
+    upstream = torch.randn(64, 96).bfloat16()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    true = torch.autograd.grad(norm.reference(*exact, 1e-5), exact, upstream.double())
+    errors = []
+    for op in (norm.rms_norm, norm.reference):
+        out = op(x, weight, 1e-5)
+        gradients = torch.autograd.grad(out, (x, weight), upstream.to(out.dtype))
+        assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, weight_dtype]
+        errors.append([(mine.double() - one).norm() / one.norm() for mine, one in zip(gradients, true, strict=True)])
+        assert torch.equal(out, norm.reference(x, weight, 1e-5))
+    for mine, other in zip(*errors, strict=True):
+        assert mine <= 1.05 * other
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
@@ -366,11 +451,10 @@ def test_tiled_attention_leaves_the_precision_of_other_products_as_it_was():
 
 
 def test_tiled_attention_keeps_its_inputs_alone_for_backward():
-    kept = []
     inputs = [leaf(1, 2, 300, 8) for _ in range(3)]
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+    with kept_tensors() as kept:
         tiled.tiled_attention(*inputs, (((0, 300),),), None)
-    assert kept == [x.data_ptr() for x in inputs]
+    assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in inputs]
 
 
 def test_a_query_sees_exactly_the_keys_of_its_window():

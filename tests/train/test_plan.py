@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from bench.instruments import kept_for_backward
 from mixtral import MixtralConfig
 from mixtral.weights.names import unwrapped
 from tests.train.helpers import SMALL, read_json, run_small
@@ -16,9 +17,11 @@ from train.cli import main
 from train.compose import compose, recipes
 from train.errors import ConfigError
 from train.lora import trainable_model
+from train.model import model_config
 from train.plan.blocks import Blocks
 from train.plan.figures import figures_of
 from train.plan.hardware import Efficiency, device_of, table
+from train.plan.kept import kept_of_layer
 from train.plan.layout import NF4, Layout
 from train.plan.load import Skew, seen, skews_of
 from train.plan.memory import memory_of
@@ -76,18 +79,55 @@ def test_counts_of_the_published_models_are_the_published_ones():
 
 def test_what_a_layer_keeps_is_sonicmoes_figure_for_mixtrals_shape():
     # arXiv 2512.14080: X and the gate/up pre-activation of two experts, in bf16, 123 KB a token and layer
-    from train.plan.kept import kept_of_layer
-
     layout = planned("model=mixtral_8x7b", "data.path=x", "train.max_steps=1", "data.sequence_length=16384")
     routed = kept_of_layer(layout, EVEN).routed.total / layout.tokens
     assert (routed + 2 * 4096) / 1e3 == pytest.approx(2 * (4096 + 2 * 2 * 14336) / 1e3, rel=0.01)
     assert (routed + 2 * 4096) / 1e3 == pytest.approx(123, rel=0.01)
 
 
+SHAPE = ("train.micro_batch_size=4", "data.sequence_length=512", "model.hidden_size=64", "model.intermediate_size=128")
+
+
+def kept_by_operations(words, dtype):
+    """Bytes that a forward pass over packed rows saves for backward."""
+    config = compose([*SMALL, *SHAPE, *words]).config
+    model = trainable_model(config, model_config(config.model, None)).to_empty(device="cpu").to(dtype).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    ids, positions = torch.randint(300, (4, 512)), torch.arange(256).repeat(4, 2)
+    with kept_for_backward(model) as kept:
+        loss = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False, skip_logits=True).loss
+    assert loss.requires_grad
+    return kept[0]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "tiled"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("train.only=experts",),
+        ("lora.rank=4",),
+        ("lora.rank=4", "lora.targets=q_proj,gate"),
+        ("lora.rank=4", "lora.dropout=0.1"),
+    ],
+    ids=lambda words: " ".join(words) or "whole",
+)
+def test_what_a_layer_keeps_is_what_its_operations_save(words, precision, backend):
+    words = (f"train.precision={precision}", f"model.attn_implementation={backend}", *words)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    few, many = (kept_by_operations((*words, f"model.num_hidden_layers={layers}"), dtype) for layers in (2, 4))
+    layout = Layout(compose([*SMALL, *SHAPE, *words]).config, 1, on_gpu=False)
+    kept = kept_of_layer(layout, EVEN)
+    # The plan has room for what the router's losses keep, which no op of the layer does, and fills up every expert.
+    assert 0.85 <= (many - few) / 2 / (kept.dense.total + kept.routed.total) <= 1
+
+
 FULL = ("recipe=sft_8x7b_full",)
 
 
-def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_or_to_offload_or_recompute_since_16_are_tight():
+def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_unless_it_offloads_recomputes_or_is_tight():
     # bf16 weights: an eighth of 45.10 B experts, and 1.61 B others; fp32 gradients, masters and two moments of a share
     weights, state = 2 * (45.10 / 8 + 1.61), (4 + 4 + 8) * 46.70
     eight = memory_of(planned(*FULL, processes=8), EVEN)
@@ -99,11 +139,11 @@ def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_or_to_offload_or_recomp
     h100 = device_of(plan.plan)
     fitting = {n: [one for one in best(plan, n, h100, most=10**6) if is_as_it_is(one)] for n in (8, 16, 32)}
     assert not fitting[8]
-    assert fitting[16]  # at ZeRO-3: 5.8 + 46.7 GB of state, 20 GB of rows, 7.3 GB of buffers and overhead
-    assert all(one.is_tight for one in fitting[16])
+    assert fitting[16]  # at ZeRO-3: 5.8 + 46.7 GB of state, 15 GB of rows, 7.3 GB of buffers and overhead
+    assert all(one.is_tight for one in fitting[16] if one.layout.config.parallel.expert > 1)
     assert not fitting[32][0].is_tight
     assert best(plan, 8, h100)  # with offloading eight are enough, slowly
-    assert figures_of(planned(*FULL, processes=32), h100).spare / GB == pytest.approx(18, abs=2)
+    assert figures_of(planned(*FULL, processes=32), h100).spare / GB == pytest.approx(21, abs=2)
 
 
 def is_as_it_is(figures):
@@ -125,12 +165,12 @@ def test_adapters_of_8x7b_fit_eight_gpus_of_80_gb_with_experts_over_eight():
 def test_adapters_of_8x22b_need_sixteen_gpus_of_80_gb_unless_they_offload_or_recompute():
     plan = compose_plan(["recipe=sft_8x22b_lora"]).config
     h100 = device_of(plan.plan)
-    # eight hold 281 GB of bf16 weights, 35 GB each; 2048 tokens keep 43 GB in 56 layers, with an even load; ZeRO-3's
+    # eight hold 281 GB of bf16 weights, 35 GB each; 2048 tokens keep 41 GB in 56 layers, with an even load; ZeRO-3's
     # bucket and the weights that it brings together are 2 GB each
     eight = memory_of(planned("recipe=sft_8x22b_lora", processes=8), EVEN).moments["loss"]
-    assert 2 * 140.6 / 8 + 43 + 2 + 2 > 80
+    assert 2 * 140.6 / 8 + 41 + 2 + 2 > 80
     assert eight["weights"] / GB == pytest.approx(2 * 140.6 / 8, rel=0.02)
-    assert (eight["activations"] + eight["routed rows"]) / GB == pytest.approx(43, abs=1)
+    assert (eight["activations"] + eight["routed rows"]) / GB == pytest.approx(41, abs=1)
     fitting = {n: [one for one in best(plan, n, h100, most=10**6) if is_as_it_is(one)] for n in (8, 16)}
     assert not fitting[8]
     assert fitting[16]

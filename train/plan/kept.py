@@ -58,11 +58,10 @@ def kept_of_layer(layout: Layout, skew: Skew) -> Kept:
 
 
 def _norm(layout: Layout, which: int) -> list[float]:
-    """Bytes of a token: the input in fp32; the normed one where the norm is trained; the output where it is wanted."""
+    """Bytes of a token: the input, its scale, and the output where it is wanted."""
     hidden, b = layout.config.model.hidden_size, layout.bytes
-    normed = [b * hidden] if layout.trains("norm.weight") else []
     outputs: list[list[float]] = [_outputs_of_first_norm(layout), _outputs_of_second_norm(layout), [b * hidden]]
-    return [FP32 * hidden, *normed, *outputs[which]]
+    return [b * hidden, FP32, *outputs[which]]
 
 
 def _outputs_of_first_norm(layout: Layout) -> list[float]:
@@ -77,11 +76,11 @@ def _outputs_of_first_norm(layout: Layout) -> list[float]:
 
 
 def _outputs_of_second_norm(layout: Layout) -> list[float]:
-    """Bytes of a token: what the experts take, where they are here, and what a trained router takes, in fp32."""
+    """Bytes of a token: what the router and experts that are here take, and what an adapter of the router takes."""
     hidden, b = layout.config.model.hidden_size, layout.bytes
-    router: list[float] = [FP32 * hidden] if layout.trains("mlp.gate.") else []
-    experts: list[float] = [b * hidden] if layout.expert_ranks == 1 else []
-    return (router or experts) if b == FP32 else router + experts
+    taken: list[float] = [b * hidden] if layout.expert_ranks == 1 or layout.trains("mlp.gate.") else []
+    adapter: list[float] = [FP32 * hidden] if "gate" in layout.adapted and b < FP32 else []
+    return taken + adapter
 
 
 def _attention(layout: Layout) -> list[float]:
