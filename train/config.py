@@ -236,7 +236,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = key(1, "forward passes per optimizer step", minimum=1)
     precision: str = key(
         "bf16",
-        "bf16: weights and activations in bf16, master weights and moments in fp32; or fp32",
+        "bf16: weights and activations in bf16, master weights in fp32, and moments by optim.moments; or fp32",
         choices=("bf16", "fp32"),
     )
     router_loss_scope: str = key(
@@ -303,6 +303,7 @@ class TrainConfig:
     )
 
 
+SLOWEST_IN_BF16 = 0.99  # a decay by 1 %; one by less than 0.4 % is rounded away
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}  # what an optimizer keeps of each element it updates
 
 
@@ -316,6 +317,9 @@ class OptimConfig:
     beta2: float = key(0.95, "decay of the second moment", minimum=0, below=1)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = key(0.1, "decay of matrices, also of experts without a token; norms have none", minimum=0)
+    moments: str = key(
+        "fp32", "what AdamW keeps both moments in: fp32, or bf16, which takes half", choices=("fp32", "bf16")
+    )
     max_grad_norm: float | None = key(1.0, "gradients are scaled down to this global norm; null never does", above=0)
 
 
@@ -636,6 +640,7 @@ def check(config: Config) -> None:
         item.check(getattr(getattr(config, section), name))
     _check_model(config.model)
     _check_data(config.data)
+    _check_optim(config.optim)
     _check_parallel(config)
     _check_run(config)
     _check_best(config)
@@ -732,6 +737,24 @@ def _check_labels(data: DataConfig) -> None:
     _refuse(
         data.format == "classification" and len(data.labels) == 1, f"data.labels={data.labels}: one label tells nothing"
     )
+
+
+def may_round(optim: OptimConfig) -> bool:
+    """Whether there are moments that could be kept in bf16."""
+    return bool(MOMENTS[optim.name]) and max(optim.beta1, optim.beta2) <= SLOWEST_IN_BF16
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    if optim.moments == "fp32":
+        return
+    _refuse(not MOMENTS[optim.name], f"optim.moments={optim.moments}: optim.name={optim.name} keeps none; leave it out")
+    for name in ("beta1", "beta2"):
+        beta = getattr(optim, name)
+        _refuse(
+            beta > SLOWEST_IN_BF16,
+            f"optim.{name}={beta} decays by less than bf16 can tell: with optim.moments=bf16, at most "
+            f"{SLOWEST_IN_BF16}",
+        )
 
 
 def _check_parallel(config: Config) -> None:

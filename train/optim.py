@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from mixtral.weights.names import trained_parameters
-from train.config import OptimConfig, ScheduleConfig
+from train.config import MOMENTS, OptimConfig, ScheduleConfig
 
 NORM_BLOCK = 4096
+UPDATE_BLOCK = 2**20
+"""Of so many elements at a time, moments of bf16 are there in fp32."""
 
 
 def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> torch.optim.Optimizer:
@@ -27,7 +31,49 @@ def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> to
     groups = [{"params": members, "weight_decay": decay[matrices]} for matrices, members in decayed.items() if members]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    kind = AdamWInHalf if config.moments == "bf16" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+class AdamWInHalf(torch.optim.AdamW):
+    """AdamW that keeps its moments in bf16, as DeepSeek-V3 was trained; source: arXiv 2412.19437, section 3.3.3.
+
+    Each update is PyTorch's own, in fp32, of moments that were rounded after the one before it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Updates every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        kinds = MOMENTS["adamw"]
+        if not self.state[parameter]:
+            begin_state(self, [parameter], kinds, 0)
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        space = parameter.new_empty(2, min(UPDATE_BLOCK, parameter.numel()))
+        parts = [x.view(-1).split(UPDATE_BLOCK) for x in (parameter, parameter.grad, *(state[kind] for kind in kinds))]
+        for value, gradient, *rounded in zip(*parts, strict=True):
+            first, second = (wide[: len(value)].copy_(one) for wide, one in zip(space, rounded, strict=True))
+            adamw(
+                [value],
+                [gradient],
+                [first],
+                [second],
+                max_exp_avg_sqs=[],
+                state_steps=[state["step"].clone()],
+                fused=True,
+                beta1=beta1,
+                beta2=beta2,
+                **{name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")},
+            )
+            for one, wide in zip(rounded, (first, second), strict=True):
+                one.copy_(wide)
+        state["step"] += 1
 
 
 def begin_state(
@@ -41,10 +87,11 @@ def begin_state(
         kinds: of its moments, see `MOMENTS`.
         updates: how many.
     """
+    dtype = torch.bfloat16 if isinstance(optimizer, AdamWInHalf) else None
     for tensor in tensors if kinds else ():
         optimizer.state[tensor] = {
             "step": torch.tensor(float(updates), device=tensor.device),
-            **{kind: torch.zeros_like(tensor, requires_grad=False) for kind in kinds},
+            **{kind: torch.zeros_like(tensor, dtype=dtype, requires_grad=False) for kind in kinds},
         }
 
 

@@ -43,6 +43,13 @@ TWO_PROCESSES = {
         *("train.router_bias_rate=0.01", "train.router_loss_scope=previous_step"),
     ],
     "sgd": ["parallel.zero=2", "optim=sgd"],
+    "replicated, moments of bf16": ["optim.moments=bf16"],
+    "ZeRO-1, bf16, EP 2, moments of bf16": [
+        *("parallel.zero=1", "train.precision=bf16", "parallel.expert=2", "optim.moments=bf16"),
+    ],
+    "ZeRO-3, bf16, EP 2, moments of bf16": [
+        *("parallel.zero=3", "train.precision=bf16", "parallel.expert=2", "optim.moments=bf16"),
+    ],
 }
 
 BESIDE = next(index for index, name in enumerate(TWO_PROCESSES) if "written beside" in name)

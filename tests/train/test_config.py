@@ -134,6 +134,19 @@ def test_tiled_attention_has_no_dropout():
         compose(["recipe=demo", "model.attn_implementation=tiled", "model.attention_dropout=0.1"])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim=sgd"], "optim.moments=bf16: optim.name=sgd keeps none"),
+        (["optim.beta2=0.999"], r"optim.beta2=0.999 decays by less than bf16 can tell.*at most 0\.99"),
+        (["optim.beta1=0.995"], "optim.beta1=0.995 decays by less"),
+    ],
+)
+def test_moments_of_bf16_are_refused_where_they_would_be_none_or_stand_still(words, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(["recipe=demo", "optim.moments=bf16", *words])
+
+
 RECIPE_MISTAKES = {
     "train:\n  max_step: 3\n": "unknown key train.max_step in recipe .*mine.yaml; did you mean train.max_steps",
     "trian:\n  max_steps: 3\n": "trian in recipe .*mine.yaml",

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from train import optim
 from train.config import OptimConfig, ScheduleConfig
 from train.optim import MasterWeights, build_optimizer, global_norm, learning_rate, warm_up_warning
 
@@ -68,6 +69,51 @@ def test_an_expert_without_a_token_decays_as_the_others_do(make_model):
     idle = [expert for expert in range(8) if (after.grad[expert] == 0).all()]
     assert len(idle) == 7
     assert torch.equal(after[idle], before[idle] * (1 - 0.1 * 0.5))
+
+
+def test_moments_of_bf16_are_rounded_after_each_update_of_fp32(monkeypatch):
+    """Against AdamW by its definition (arXiv 1711.05101, algorithm 2), in fp64 but for the moments' rounding."""
+    monkeypatch.setattr(optim, "UPDATE_BLOCK", 7)
+    config = OptimConfig(lr=0.1, weight_decay=0.5, moments="bf16")
+    parameters = {"matrix": torch.randn(4, 5, requires_grad=True), "norm": torch.randn(3, requires_grad=True)}
+    optimizer = build_optimizer(parameters, config)
+    expected = {name: parameter.detach().double() for name, parameter in parameters.items()}
+    firsts, seconds = ({name: torch.zeros_like(value) for name, value in expected.items()} for _ in range(2))
+    for step in range(1, 6):
+        for name, parameter in parameters.items():
+            parameter.grad = torch.randn_like(parameter)
+            first = config.beta1 * firsts[name] + (1 - config.beta1) * parameter.grad.double()
+            second = config.beta2 * seconds[name] + (1 - config.beta2) * parameter.grad.double() ** 2
+            root = (second / (1 - config.beta2**step)).sqrt() + config.eps
+            decayed = expected[name] * (1 - 0.1 * 0.5 * (parameter.dim() == 2))
+            expected[name] = decayed - 0.1 * first / (1 - config.beta1**step) / root
+            firsts[name], seconds[name] = first.bfloat16().double(), second.bfloat16().double()
+        optimizer.step()
+        for name, parameter in parameters.items():
+            kept = [optimizer.state[parameter][kind] for kind in ("exp_avg", "exp_avg_sq")]
+            assert [moment.dtype for moment in kept] == [torch.bfloat16] * 2
+            assert torch.allclose(parameter.double(), expected[name], rtol=0, atol=0.1 * step * 2**-9)
+            # where a sum lies between two numbers of bf16, fp32 and fp64 may choose differently
+            for mine, other in zip(kept, (firsts[name], seconds[name]), strict=True):
+                assert torch.allclose(mine.double(), other, rtol=2**-7, atol=1e-12)
+    assert optim.updates_of(optimizer) == 5
+
+
+def test_moments_of_bf16_learn_as_those_of_fp32_do():
+    found = []
+    for moments in ("fp32", "bf16"):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4))
+        optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(lr=3e-3, moments=moments))
+        inputs, targets = torch.randn(256, 16), torch.randn(256, 4)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+        found.append(loss.item())
+    assert found[0] < 0.5
+    assert found[1] == pytest.approx(found[0], rel=0.03)
 
 
 def test_updates_too_small_for_bf16_add_up_in_the_master_weights():

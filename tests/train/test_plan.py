@@ -487,3 +487,15 @@ def test_the_command_to_start_it_names_the_data_that_a_plan_does_without(tmp_pat
         assert main(["plan", *words, *given, f"run.dir={tmp_path / str(number)}"]) == 0
         command = capsys.readouterr().out.split("to start it:\n")[1].splitlines()[0]
         assert command == f"  torchrun --nproc_per_node 8 -m train recipe=sft_8x7b_lora {said}"
+
+
+def test_moments_of_bf16_take_half_and_are_proposed_where_they_may_be():
+    plans = [planned(*FULL, *words, processes=32) for words in ((), ("optim.moments=bf16",))]
+    wide, half = (memory_of(layout, EVEN).parts["moments"] for layout in plans)
+    assert half == wide / 2
+    assert wide / GB == pytest.approx(8 * 46.70 / 32, abs=0.05)
+    h100 = device_of(compose_plan(FULL).config.plan)
+    for words, proposed in (((), True), (("optim.beta2=0.999",), False)):
+        figures = figures_of(planned(*FULL, *words, processes=16), h100)
+        assert not figures.fits
+        assert ("optim.moments=bf16" in [words for words, _ in changes(figures)]) is proposed

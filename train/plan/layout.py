@@ -57,6 +57,11 @@ class Layout:
         return len(MOMENTS[self.config.optim.name])
 
     @property
+    def moment_bytes(self) -> int:
+        """Of one of these."""
+        return 2 if self.config.optim.moments == "bf16" else 4
+
+    @property
     def tokens(self) -> int:
         """T, of a process in one forward pass; of a classifier at most."""
         return self.config.train.micro_batch_size * self.config.data.sequence_length

@@ -114,7 +114,7 @@ def _state(layout: Layout) -> tuple[dict[str, float], float]:
     state = {
         "weights": weights,
         "masters": FP32 * owned if has_masters else 0.0,
-        "moments": FP32 * layout.moments * owned,
+        "moments": layout.moment_bytes * layout.moments * owned,
     }
     host = 0.0
     if layout.on_gpu and parallel.offload_optimizer:

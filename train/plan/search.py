@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from train.config import Config, check
+from train.config import Config, check, may_round
 from train.errors import ConfigError
 from train.plan.figures import Figures, figures_of
 from train.plan.hardware import Device
@@ -132,6 +132,9 @@ def _single_changes(layout: Layout) -> Iterator[tuple[str, Config, int]]:
         yield "train.recompute=layers", dataclasses.replace(config, train=again), processes
     if parallel.zero > 0 and not parallel.offload_optimizer:
         yield "parallel.offload_optimizer=true", with_parallel(offload_optimizer=True), processes
+    if config.optim.moments == "fp32" and may_round(config.optim):
+        rounded = dataclasses.replace(config.optim, moments="bf16")
+        yield "optim.moments=bf16", dataclasses.replace(config, optim=rounded), processes
     if config.lora.rank == 0 and config.model.init_from is not None:  # or there is nothing to adapt
         yield f"lora.rank={RANK}", with_adapters(config), processes
     length = config.data.sequence_length // 2

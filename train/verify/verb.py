@@ -57,6 +57,7 @@ def shrink(config: Config) -> None:
     if config.parallel.dispatch == "deepspeed_capacity":
         config.parallel.capacity_factor = None  # what is dropped, one process would not have dropped
     config.optim.name, config.optim.weight_decay, config.optim.max_grad_norm = "sgd", 0.01, 0.1
+    config.optim.moments = "fp32"  # of which that keeps none
     if config.verify.full:
         return
     shared = model.num_attention_heads // model.num_key_value_heads
