@@ -16,6 +16,7 @@ BENCHES = {
     "generation": "text is written faster than transformers writes it, the same tokens",
     "generation --dtype bfloat16": "the same in bf16",
     "windowed_attention": "a window's time per token does not grow with the length",
+    "tiled_attention": "on a CPU, attention in tiles is faster than SDPA",
     "weights": "a load holds what it keeps and no more",
     "sharded_start": "a rank of two that share the experts out holds, while it loads, what it keeps",
     "start": "how long it takes until a run trains",

@@ -98,7 +98,7 @@ class ModelConfig:
     )
     attn_implementation: str = key(
         "sdpa",
-        "attention backend: on a CPU `tiled` is fastest for long rows, on a GPU `flash_attention_2`",
+        "attention backend: on a CPU in bf16 `tiled` is fastest, on a GPU `flash_attention_2`",
         choices=ATTENTION,
     )
 

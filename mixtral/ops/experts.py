@@ -161,7 +161,8 @@ def expert_ffn(
         made_gate_up=made[0],
         made_down=made[1],
     )
-    out_TH: Tensor = _ExpertFfn.apply(settings, order_P, ends_E, x_TH, weights_TK, *tensors)
+    with torch.autocast(x_TH.device.type, enabled=False):
+        out_TH: Tensor = _ExpertFfn.apply(settings, order_P, ends_E, x_TH, weights_TK, *tensors)
     return out_TH
 
 

@@ -5,6 +5,7 @@ documents, is not computed. Shape letters: see `mixtral/modeling.py`; g key/valu
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -53,7 +54,12 @@ def tiled_attention(
     Returns:
         (B, N, S, D), scaled by D**-0.5; in memory (B, S, N, D).
     """
-    out_BNSD: Tensor = _TiledAttention.apply(query_BNSD, key_BGSD, value_BGSD, documents, window)
+    device = query_BNSD.device.type
+    inputs = [query_BNSD, key_BGSD, value_BGSD]
+    if torch.is_autocast_enabled(device):
+        inputs = [x.to(torch.get_autocast_dtype(device)) for x in inputs]
+    with torch.autocast(device, enabled=False):
+        out_BNSD: Tensor = _TiledAttention.apply(*inputs, documents, window)
     return out_BNSD
 
 
@@ -104,7 +110,13 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_BNSD.device.type, enabled=False):
+            return *_TiledAttention.gradients(ctx, grad_BNSD), None, None
+
+    @staticmethod
+    def gradients(ctx: Any, grad_BNSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiates tile by tile, by queries, keys and values."""
         query_BNSD, key_BGSD, value_BGSD = ctx.saved_tensors
         heads, groups, scale = query_BNSD.shape[1], key_BGSD.shape[1], query_BNSD.shape[-1] ** -0.5
         work = _Work(query_BNSD)
@@ -121,7 +133,7 @@ class _TiledAttention(torch.autograd.Function):
             out.copy_(torch.bmm(grad_gmk, key_gkD).view_as(out))
             _keys(grad_key, tile).add_(torch.bmm(grad_gmk.mT, query_gmD))
         grad_query, grad_key = grad_query.mul_(scale), grad_key.mul_(scale)
-        return grad_query, grad_key.to(key_BGSD.dtype), grad_value.to(value_BGSD.dtype), None, None
+        return grad_query, grad_key.to(key_BGSD.dtype), grad_value.to(value_BGSD.dtype)
 
 
 def _queries(x_BNSD: Tensor, tile: _Tile, groups: int) -> Tensor:
@@ -155,7 +167,7 @@ class _Work:
         """Softmax of a tile's scores, (g, m, keys), in at least fp32."""
         shape = torch.Size((*query_gmD.shape[:2], key_gkD.shape[1]))
         scores = self.space("scores", shape, self.wide)
-        with _products_of(self.dtype):
+        with _rounding.allowed(self.dtype, query_gmD.device):
             query, key, scale = query_gmD.to(self.wide), key_gkD.to(self.wide), query_gmD.shape[-1] ** -0.5
             torch.baddbmm(scores, query, key.mT, beta=0, alpha=scale, out=scores)
         size, keys = tile.stop - tile.start, tile.stop - tile.first
@@ -173,18 +185,35 @@ class _Work:
         return self.space("rounded", wide.shape, self.dtype).copy_(wide)
 
 
-@contextlib.contextmanager
-def _products_of(dtype: torch.dtype) -> Iterator[None]:
+class _Rounding:
     """Lets a CPU multiply fp32 numbers that came from bf16 as bf16; the products and their sums are those of fp32.
 
-    The setting is one of the process, so that fp32 products of other threads would be rounded meanwhile.
+    The setting is one of the process, so that fp32 products of other threads would be rounded meanwhile. The last of
+    several threads to leave puts back what the first found.
     """
-    backend: Any = torch.backends.mkldnn
-    settings = backend.matmul
-    before = settings.fp32_precision
-    if dtype == torch.bfloat16:
-        settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, "none"
+
+    @contextlib.contextmanager
+    def allowed(self, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+        """Lets it inside the block, if the numbers came from bf16."""
+        if dtype != torch.bfloat16 or device.type != "cpu":
+            yield
+            return
+        backend: Any = torch.backends.mkldnn
+        with self._lock:
+            if self._inside == 0:
+                self._before = backend.matmul.fp32_precision
+                backend.matmul.fp32_precision = "bf16"
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    backend.matmul.fp32_precision = self._before
+
+
+_rounding = _Rounding()

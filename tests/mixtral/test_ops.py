@@ -416,7 +416,10 @@ def test_tiled_attention_equals_the_windowed_reference_with_gradients(monkeypatc
 
 
 def test_tiled_attention_in_bf16_is_as_near_to_fp64_as_sdpa():
-    """In the output by a quarter more, since it rounds what its softmax gives; less in the sum of the gradients."""
+    """In the output by a quarter more, since it rounds what its softmax gives, and that of queries by a half.
+
+    Those of keys and values are nearer, which SDPA rounds once for each query head that shares them.
+    """
     wide = [torch.randn(2, heads, 600, 64).bfloat16().double().requires_grad_() for heads in (8, 2, 2)]
     narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
     upstream = torch.randn(2, 8, 600, 64).bfloat16()
@@ -437,7 +440,9 @@ def test_tiled_attention_in_bf16_is_as_near_to_fp64_as_sdpa():
         for attend in (lambda *inputs: tiled.tiled_attention(*inputs, (((0, 600),),) * 2, None), sdpa)
     ]
     assert errors[0][0] < 1.25 * errors[1][0]
-    assert sum(errors[0][1:]) < sum(errors[1][1:])
+    assert errors[0][1] < 1.5 * errors[1][1]
+    assert errors[0][2] < 0.75 * errors[1][2]
+    assert errors[0][3] < 0.75 * errors[1][3]
 
 
 def test_tiled_attention_leaves_the_precision_of_other_products_as_it_was():
@@ -448,6 +453,20 @@ def test_tiled_attention_leaves_the_precision_of_other_products_as_it_was():
     with pytest.raises(RuntimeError):
         tiled.tiled_attention(inputs[0], inputs[1].detach().float()[..., :4], inputs[2], (((0, 9),),), None)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_the_last_of_several_threads_puts_back_the_precision_that_the_first_found():
+    settings, rounding = torch.backends.mkldnn.matmul, tiled._Rounding()
+    before, device = settings.fp32_precision, torch.device("cpu")
+    first, second = (rounding.allowed(torch.bfloat16, device) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings.fp32_precision == "bf16"
+    second.__exit__(None, None, None)
+    assert settings.fp32_precision == before
+    with rounding.allowed(torch.float32, device):
+        assert settings.fp32_precision == before
 
 
 def test_tiled_attention_keeps_its_inputs_alone_for_backward():

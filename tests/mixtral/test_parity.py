@@ -272,3 +272,24 @@ def test_a_norm_in_bf16_equals_transformers_bit_for_bit(make_pair):
     theirs, ours = make_pair()
     hidden = 3 * torch.randn(4, 32, dtype=torch.bfloat16)
     assert torch.equal(ours.bfloat16().model.norm(hidden), theirs.bfloat16().model.norm(hidden))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+@pytest.mark.parametrize("backend", ["sdpa", "tiled", "eager"])
+def test_an_fp32_model_trains_and_predicts_under_autocast(make_model, backend, inside):
+    model = make_model(attn_implementation=backend)
+    ids = torch.randint(0, 128, (2, 40))
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    exact = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids, use_cache=False, skip_logits=True).loss
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        if ".gate." not in name:  # a choice of experts that bf16 turned is none of a gradient's error
+            assert (parameter.grad - exact[name]).norm() < 0.1 * exact[name].norm() + 1e-6
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(ids).logits.dtype == torch.bfloat16

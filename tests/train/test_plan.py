@@ -121,7 +121,7 @@ def test_what_a_layer_keeps_is_what_its_operations_save(words, precision, backen
     layout = Layout(compose([*SMALL, *SHAPE, *words]).config, 1, on_gpu=False)
     kept = kept_of_layer(layout, EVEN)
     # The plan has room for what the router's losses keep, which no op of the layer does, and fills up every expert.
-    assert 0.85 <= (many - few) / 2 / (kept.dense.total + kept.routed.total) <= 1
+    assert 0.88 <= (many - few) / 2 / (kept.dense.total + kept.routed.total) <= 1
 
 
 FULL = ("recipe=sft_8x7b_full",)

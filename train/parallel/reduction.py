@@ -1,4 +1,7 @@
-"""ZeRO-1's gradients in bf16, added up and reduced where they lie; DeepSpeed copies all of them for each of the two."""
+"""ZeRO-1's gradients in bf16, reduced where they lie, and those of a step's first pass put there without adding.
+
+DeepSpeed adds an fp32 copy of each to zeros, and joins and copies back all of them to reduce them.
+"""
 
 from typing import Any
 
@@ -15,7 +18,8 @@ def reduce_in_place(engine: Any) -> None:
     optimizer = engine.optimizer
     if not isinstance(optimizer, BF16_Optimizer):
         return
-    assert optimizer.autoep_folding_tp_group is None, "its correction of gradients is not made here"
+    if optimizer.autoep_folding_tp_group is not None:
+        raise RuntimeError("DeepSpeed would correct gradients for folded tensor parallelism, which is not done here")
 
     def reduce(tensors: list[Tensor], group: Any, size: float | None = None) -> None:
         for tensor in tensors:

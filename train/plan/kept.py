@@ -91,9 +91,12 @@ def _attention(layout: Layout) -> list[float]:
     backend = model.attn_implementation
     repeated = backend in ("sdpa", "eager")  # which take as many key and value heads as query heads beside a mask
     heads = queries if repeated else keys
-    kept: list[float] = [b * queries, b * queries, b * heads, b * heads]
+    kept: list[float] = [b * queries, b * heads, b * heads]
+    adapted = "o_proj" in layout.adapted and not layout.config.lora.dropout
     if backend != "tiled":
-        kept.append(FP32 * model.num_attention_heads)
+        kept += [b * queries, FP32 * model.num_attention_heads]
+    elif adapted or layout.trains("o_proj.weight"):
+        kept.append(b * queries)
     if backend == "sdpa":
         kept.append(b * length)  # the mask of a row, in numbers
     elif backend == "eager":
