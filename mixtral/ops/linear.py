@@ -39,7 +39,10 @@ class Linear(nn.Linear):
 
 
 def wide_linear(x_TX: Tensor, weight_YX: Tensor) -> Tensor:
-    """Computes x @ weight.mT in at least fp32, (T, Y), and keeps of the rows none but those given."""
+    """Computes x @ weight.mT in at least fp32, (T, Y), and keeps of the rows none but those given.
+
+    It can be differentiated once.
+    """
     out_TY: Tensor = _WideLinear.apply(x_TX, weight_YX)
     return out_TY
 

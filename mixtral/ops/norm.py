@@ -25,7 +25,7 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Equals `reference`; backward needs the input, and the scale of each row."""
+    """Equals `reference`; backward needs the input, and the scale of each row; it can be differentiated once."""
     if not torch.is_grad_enabled():
         return reference(x, weight, eps)
     out: Tensor = _RmsNorm.apply(x, weight, eps)
