@@ -12,6 +12,7 @@ BENCHES = {
     "step --masters": "the same with fp32 master weights on both sides",
     "step --rows 4 --length 2048 --steps 6": "the same at four times the tokens",
     "expert_parallel": "a step with split experts, its memory and its bytes, beside AutoEP, ZeRO-3 and one process",
+    "overlap": "rows that travel in parts, while others are computed, hide what a slow link costs",
     "lora": "a LoRA step on attention and experts is faster than PEFT's on transformers' Mixtral, in less memory",
     "generation": "text is written faster than transformers writes it, the same tokens",
     "generation --dtype bfloat16": "the same in bf16",

@@ -365,6 +365,12 @@ class ParallelConfig:
     )
     offload_optimizer: bool = key(False, "whether master weights and moments live in host memory; needs parallel.zero")
     offload_parameters: bool = key(False, "whether partitioned weights live in host memory; needs parallel.zero=3")
+    overlap_degree: int = key(
+        1,
+        "with split experts, parts of a layer's tokens in training: the rows of one travel while those of another are "
+        "computed; 1 overlaps nothing",
+        minimum=1,
+    )
     persistent_elements: int = key(
         100_000, "with parallel.zero=3, weights of fewer elements stay whole on every process", minimum=0
     )
@@ -789,6 +795,11 @@ def _check_parallel(config: Config) -> None:
         "parallel.offload_optimizer=true needs parallel.zero=1 or more",
     )
     _refuse(parallel.offload_parameters and parallel.zero < 3, "parallel.offload_parameters=true needs parallel.zero=3")
+    _refuse(
+        parallel.overlap_degree > 1 and (parallel.expert == 1 or parallel.dispatch == "deepspeed_capacity"),
+        f"parallel.overlap_degree={parallel.overlap_degree} is of no effect with parallel.expert={parallel.expert} "
+        f"parallel.dispatch={parallel.dispatch}: it needs split experts (parallel.expert=2 or more) and dropless",
+    )
 
 
 def _check_run(config: Config) -> None:

@@ -1,11 +1,15 @@
 """One process of several that send rows to each other's experts; compares with the block that holds all of them."""
 
+import gc
 import os
 import sys
+import weakref
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -14,7 +18,8 @@ import deepspeed
 from mixtral import MixtralConfig
 from mixtral.moe import SparseMoeBlock
 from train.config import ParallelConfig
-from train.parallel.exchange import Traffic
+from train.parallel import expert as expert_layer
+from train.parallel.exchange import Journey, Traffic
 from train.parallel.expert import ExpertParallelBlock
 
 HIDDEN, INNER, EXPERTS = 64, 32, 8
@@ -90,8 +95,8 @@ def check(case: str, rank: int, world: int, **dispatch) -> None:
     for tensor in (counted, expected):
         dist.all_reduce(tensor)
     assert counted.tolist() == expected.tolist(), (case, counted, expected)
-    if not dispatch:
-        check_bytes(counter, rows, world)
+    if "dispatch" not in dispatch:
+        check_bytes(counter, rows, world, dispatch.get("overlap_degree", 1))
 
 
 def make_inputs(case: str, rank: int) -> list[torch.Tensor]:
@@ -113,14 +118,14 @@ def check_experts(case: str, whole: SparseMoeBlock, split: ExpertParallelBlock, 
         close(parameter.grad, gradient[first : first + len(parameter)], case, name)
 
 
-def check_bytes(counter: Counter, rows: int, world: int) -> None:
+def check_bytes(counter: Counter, rows: int, world: int, parts: int) -> None:
     sent = torch.tensor([counter.rows, counter.rest, rows])
     dist.all_reduce(sent)
     payload, metadata, rows = sent.tolist()
     assert payload == 4 * rows * HIDDEN * 8, "each row goes out and back once, in both passes"
-    counts = world * EXPERTS * 8
+    counts = parts * world * EXPERTS * 8
     assert metadata == counts + 2 * rows * 8, "each row's weight goes out, and its gradient back"
-    if rows > 8 * world:
+    if rows > 8 * world * parts:
         assert metadata <= 0.02 * payload, (metadata, payload)
 
 
@@ -167,11 +172,87 @@ def check_drops(rank: int, world: int, policy: str) -> None:
     close(split.eval()(mine_in)[0], whole.eval()(mine_in)[0], case, "evaluation")
 
 
+class UnderWay:
+    """Counts the exchanges that were begun and not yet awaited."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._original = dist.all_to_all_single
+
+    def __call__(self, *arguments, async_op=False, **kwargs):
+        work = self._original(*arguments, async_op=async_op, **kwargs)
+        if not async_op:
+            return work
+        self.now += 1
+        return SimpleNamespace(wait=lambda: self._awaited(work))
+
+    def _awaited(self, work) -> None:
+        work.wait()
+        self.now -= 1
+
+
+def check_overlap(rank: int, world: int, parts: int) -> None:
+    """While experts compute, forward and backward, other parts' rows are under way; with one part none are."""
+    _, split = make_blocks(rank, world, overlap_degree=parts)
+    hidden, _ = make_inputs("even", rank)
+    under_way = dist.all_to_all_single = UnderWay()
+    seen = []
+    activation = split.experts.activation
+
+    def watched(x):
+        seen.append(under_way.now)  # backward computes it again
+        return activation(x)
+
+    split.experts.activation = watched
+    try:
+        out = split(hidden)[0]
+        forward, seen[:] = sorted(set(seen)), []
+        out.sum().backward()
+        backward, seen[:] = sorted(set(seen)), []
+        split.eval()(hidden)
+    finally:
+        dist.all_to_all_single = under_way._original
+    # rows and weights of the later parts, and what the earlier ones gave; backward the same the other way round
+    expected = sorted({2 * (parts - 1 - part) + part for part in range(parts)})
+    assert forward == backward == expected, (forward, backward, expected)
+    assert set(seen) == {0}, "evaluation takes all tokens at once"
+    assert under_way.now == 0
+
+
+def check_freed(rank: int, world: int) -> None:
+    """What is exchanged goes with its pass, without the garbage collector: also where recomputing stops halfway."""
+    _, split = make_blocks(rank, world, overlap_degree=2)
+    hidden, _ = make_inputs("even", rank)
+    transfers = []
+
+    class Watched(Journey):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            transfers.append(weakref.ref(self._transfer))
+
+    expert_layer.Journey = Watched
+    gc.disable()
+    try:
+        checkpoint(lambda x: split(x)[0], hidden, use_reentrant=False).sum().backward()
+    finally:
+        expert_layer.Journey = Journey
+        gc.enable()
+    assert len(transfers) == 6 + 5, "recomputing stops before the last part returns"
+    assert not any(transfer() for transfer in transfers)
+
+
 def proofs(case: str, rank: int, world: int) -> None:
     if case.startswith("drops by "):
         check_drops(rank, world, case.removeprefix("drops by "))
     elif case.startswith("capacity, "):
         check(case.removeprefix("capacity, "), rank, world, dispatch="deepspeed_capacity", capacity_factor=None)
+    elif case == "freed":
+        check_freed(rank, world)
+    elif case.startswith("overlap of "):
+        check_overlap(rank, world, int(case.removeprefix("overlap of ")))
+    elif case.startswith("in "):
+        parts, _, case = case.removeprefix("in ").partition(" parts, ")
+        check(case, rank, world, overlap_degree=int(parts))
     else:
         check(case, rank, world)
 

@@ -173,6 +173,14 @@ def test_the_capacity_layer_is_refused_where_deepspeed_has_none(word):
 
 
 @pytest.mark.parametrize("text", RECIPE_MISTAKES)
+@pytest.mark.parametrize("words", [["parallel.expert=1"], ["parallel.dispatch=deepspeed_capacity", "parallel.zero=2"]])
+def test_overlap_is_refused_where_there_is_none(words):
+    given = ["recipe=demo", "parallel.expert=2", "parallel.zero=1", "parallel.overlap_degree=2"]
+    assert compose(given).config.parallel.overlap_degree == 2
+    with pytest.raises(ConfigError, match="parallel.overlap_degree=2 is of no effect with .*" + words[0]):
+        compose([*given, *words])
+
+
 def test_a_mistake_in_a_recipe_is_refused_by_file_and_key(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=RECIPE_MISTAKES[text]):

@@ -499,3 +499,22 @@ def test_moments_of_bf16_take_half_and_are_proposed_where_they_may_be():
         figures = figures_of(planned(*FULL, *words, processes=16), h100)
         assert not figures.fits
         assert ("optim.moments=bf16" in [words for words, _ in changes(figures)]) is proposed
+
+
+def test_overlapped_rows_travel_while_experts_compute():
+    words = ("recipe=sft_8x7b_full", "data.path=x", "parallel.expert=8", "plan.gpu=h100-80g")
+
+    def planned_with(degree):
+        layout = planned(*words, f"parallel.overlap_degree={degree}", processes=32)
+        device = device_of(layout.config.plan)
+        return step_of(layout, device, EVEN), memory_of(layout, EVEN), layout
+
+    (whole, before, layout), (parts, after, _) = planned_with(1), planned_with(4)
+    travel = whole.parts["all-to-all"]
+    assert travel < whole.parts["experts"]
+    sent_more = (5 + 3 / 4) / 5 if layout.config.train.recompute == "layers" else 1
+    assert parts.parts["all-to-all"] == pytest.approx(sent_more * travel / 4)
+    assert parts.seconds == pytest.approx(whole.seconds - travel + parts.parts["all-to-all"])
+    own = sum(layout.here(weight) for weight in layout.trained if weight.layer == 0 and weight.is_expert)
+    moment = "backward, first layer"
+    assert after.moments[moment]["gradients"] - before.moments[moment]["gradients"] == layout.bytes * own

@@ -15,6 +15,7 @@ ALLOWED = (
     *("train.check_replicas_every", "train.hang_seconds"),
     *("train.micro_batch_size", "train.gradient_accumulation_steps"),  # as long as a step has as many rows
     *("parallel.expert", "parallel.zero", "parallel.offload_*", "parallel.persistent_elements"),
+    "parallel.overlap_degree",
     *("parallel.meeting_seconds", "evaluate.*", "generate.*", "checkpoint.*", "tracker.*", "verify.*", "plan.*"),
 )
 

@@ -19,7 +19,7 @@ from mixtral.ops.experts import Assignment
 from mixtral.ops.permute import gather_rows, sort_rows, spread_rows
 from train.config import ParallelConfig
 from train.parallel.capacity import CapacityDispatcher
-from train.parallel.exchange import Traffic, exchange_counts, exchange_rows
+from train.parallel.exchange import Journey, Route, Traffic, exchange_counts
 
 
 class ExpertParallelBlock(nn.Module):
@@ -33,6 +33,7 @@ class ExpertParallelBlock(nn.Module):
         rank: this rank's place in its group.
 
     Attributes:
+        parts: of the tokens, one of which is computed while another travels, in training.
         traffic: of each training pass since it was last cleared.
     """
 
@@ -48,6 +49,7 @@ class ExpertParallelBlock(nn.Module):
         self._describe_to_deepspeed(config, parallel.expert, rank)
         capacity = parallel.dispatch == "deepspeed_capacity"
         self.dispatcher: Dispatcher = CapacityDispatcher(parallel, self) if capacity else self.dispatch
+        self.parts = parallel.overlap_degree
         self.traffic: list[Traffic] = []
 
     forward = SparseMoeBlock.forward
@@ -55,21 +57,42 @@ class ExpertParallelBlock(nn.Module):
     def dispatch(self, x_TH: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """Sends every token's rows to the ranks of its K experts and sums what comes back; drops none.
 
+        In training the tokens are taken in parts: while the rows of one travel, those of another are computed.
         Every rank of the group must call it, with tokens or without. Returns (T, H).
         """
         top_k = routing.experts_TK.shape[-1]
-        order_R, counts_E = sort_rows(routing.experts_TK, num_experts=self.num_experts)
-        arriving_PE = exchange_counts(counts_E, self.ep_group)
-        leaving_P = counts_E.view(self.ep_size, -1).sum(dim=1)
-        sends, receives = torch.stack([leaving_P, arriving_PE.sum(dim=1)]).tolist()
-        rows_RH = exchange_rows(spread_rows(x_TH, order_R, top_k), sends, receives, self.ep_group)
-        weights_R1 = spread_rows(routing.weights_TK.view(-1, 1), order_R, 1)
-        weights_R1 = exchange_rows(weights_R1, sends, receives, self.ep_group)
-        self.count(Traffic(len(order_R), len(rows_RH), sum(sends) - sends[self.ep_rank]))
-        weighted_RH = experts(
-            rows_RH, Assignment(_by_expert(arriving_PE, len(rows_RH)), arriving_PE.sum(dim=0), weights_R1)
+        sizes = _even_sizes(len(x_TH), self.parts if self.training else 1)
+        orders, counts = zip(
+            *(sort_rows(one, self.num_experts) for one in routing.experts_TK.split(sizes)), strict=True
         )
-        return gather_rows(exchange_rows(weighted_RH, receives, sends, self.ep_group), order_R, top_k)
+        arriving_NPE, routes = self._routes(torch.stack(counts))
+        away = [
+            (
+                Journey(spread_rows(x_tH, order_R, top_k), route),
+                Journey(spread_rows(w_tK.view(-1, 1), order_R, 1), route),
+            )
+            for x_tH, w_tK, order_R, route in zip(
+                x_TH.split(sizes), routing.weights_TK.split(sizes), orders, routes, strict=True
+            )
+        ]
+        back = []
+        for (rows, weights), arriving_PE, route in zip(away, arriving_NPE, routes, strict=True):
+            rows_RH, weights_R1 = rows.arrived(), weights.arrived()
+            assignment = Assignment(_by_expert(arriving_PE, len(rows_RH)), arriving_PE.sum(dim=0), weights_R1)
+            back.append(Journey(experts(rows_RH, assignment), route.back()))
+        weighted = [rows.arrived() for rows in back]
+        summed = [gather_rows(rows_RH, order_R, top_k) for rows_RH, order_R in zip(weighted, orders, strict=True)]
+        return summed[0] if len(summed) == 1 else torch.cat(summed)
+
+    def _routes(self, counts_NE: Tensor) -> tuple[Tensor, list[Route]]:
+        """Gives, for each part, the rows that come from each rank for each expert here, and the ways of all rows."""
+        arriving_NPE = exchange_counts(counts_NE, self.ep_group)
+        leaving_NP = counts_NE.unflatten(1, (self.ep_size, -1)).sum(dim=2)
+        routes = []
+        for sends, receives in torch.stack([leaving_NP, arriving_NPE.sum(dim=2)], dim=1).tolist():
+            routes.append(Route(sends, receives, self.ep_group))
+            self.count(Traffic(sum(sends), sum(receives), sum(sends) - sends[self.ep_rank]))
+        return arriving_NPE, routes
 
     def count(self, traffic: Traffic) -> None:
         """Counts the rows of a training pass."""
@@ -104,6 +127,11 @@ def mark_as_split(parameter: Any, ranks: int) -> None:
     parameter.group_name = parameter.ds_zero_partition_group_name = f"ep_size_{ranks}"
     parameter.ds_zero_placement_family = "autoep_expert"
     parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{ranks}")
+
+
+def _even_sizes(tokens: int, parts: int) -> list[int]:
+    """Cuts so many tokens into so many parts, of sizes that differ by one at most."""
+    return [tokens // parts + (part < tokens % parts) for part in range(parts)]
 
 
 def _by_expert(arriving_PE: Tensor, rows: int) -> Tensor:

@@ -152,8 +152,12 @@ def _loss(layout: Layout, kept: Kept) -> dict[str, Blocks]:
 def _backward(layout: Layout, kept: Kept, layer: int) -> dict[str, Blocks]:
     """The experts of a layer are differentiated: those below are still kept, of those above there are gradients."""
     there = layout.differentiated(layer)
+    own = [weight for weight in there if weight.layer == layer]
+    gradients = _arrived(layout, there, own)
+    if layout.config.parallel.overlap_degree > 1:  # one part's are added to those of the part before
+        gradients += _gradients(layout, layout.bytes, [weight for weight in own if weight.is_expert])
     return {
-        "gradients": _arrived(layout, there, [weight for weight in there if weight.layer == layer]),
+        "gradients": gradients,
         "activations": kept.dense * (layer + 1) + kept.dense_backward,
         "routed rows": kept.routed * (layer + 1) + kept.routed_backward,
         "communication": _reserved(layout) + _gathered(layout),

@@ -113,7 +113,7 @@ def _verdict(figures: Figures) -> list[str]:
     layout, device, step = figures.layout, figures.device, figures.step
     most = max(figures.high.parts, key=lambda kind: figures.high.parts[kind])
     longest = max(step.parts, key=lambda part: step.parts[part])
-    hidden = f", {duration(step.hidden)} of ZeRO's traffic beside it" if step.hidden else ""
+    hidden = f", {duration(step.hidden)} of what travels beside it" if step.hidden else ""
     lines = [
         f"{count(step.tokens_per_second)} tokens/s, {count(step.tokens_per_second / layout.processes)} of each "
         f"device; {step.mfu(device, layout):.1%} MFU on active parameters{hidden}",

@@ -46,7 +46,12 @@ def _layouts(config: Config, processes: int) -> Iterator[Config]:
                     if (offload and zero == 0) or (parameters and zero < 3):
                         continue
                     changed = dataclasses.replace(
-                        parallel, expert=expert, zero=zero, offload_optimizer=offload, offload_parameters=parameters
+                        parallel,
+                        expert=expert,
+                        overlap_degree=parallel.overlap_degree if expert > 1 else 1,
+                        zero=zero,
+                        offload_optimizer=offload,
+                        offload_parameters=parameters,
                     )
                     steps = dataclasses.replace(
                         train, micro_batch_size=micro, gradient_accumulation_steps=rows // micro

@@ -71,13 +71,17 @@ def step_of(layout: Layout, device: Device, skew: Skew) -> Step:
     """
     passes = layout.config.train.gradient_accumulation_steps
     parts = {name: passes * seconds for name, seconds in compute(layout, device, skew).items()}
-    parts["all-to-all"] = passes * all_to_all(layout, device, skew)
+    travel = passes * all_to_all(layout, device, skew)
+    hidden = 0.0
+    if device.is_gpu:  # the first part goes out, and the last one comes back, while nothing is computed
+        hidden = (1 - 1 / layout.config.parallel.overlap_degree) * min(travel, parts["experts"])
+    parts["all-to-all"] = travel - hidden
     reduced, gathered = zero_traffic(layout, device)
-    exposed, hidden = reduced + gathered, 0.0
+    parts["ZeRO traffic"] = reduced + gathered
     if layout.zero == 3 and device.is_gpu:  # which overlaps both with what is computed
-        hidden = min(exposed, sum(parts.values()))
-        exposed -= hidden
-    parts["ZeRO traffic"] = exposed
+        behind = min(reduced + gathered, sum(parts.values()) - parts["ZeRO traffic"])
+        parts["ZeRO traffic"] -= behind
+        hidden += behind
     parts["gradients"] = gradients(layout, device)
     parts["optimizer"], parts["offload"] = optimizer(layout, device)
     return Step(parts, hidden, layout.tokens_of_step, flops_per_token(layout) * layout.tokens_of_step)
@@ -152,12 +156,16 @@ def link(layout: Layout, device: Device, ranks: int, stride: int) -> float:
 
 
 def all_to_all(layout: Layout, device: Device, skew: Skew) -> float:
-    """Seconds that rows travel in a pass: there and back, forward and backward."""
+    """Seconds that rows travel in a pass: there and back, forward and backward.
+
+    Recomputing stops where nothing more is wanted: rows go out again, and of all parts but the last they come back.
+    """
     ranks, model = layout.expert_ranks, layout.config.model
     if ranks == 1:
         return 0.0
     rows = layout.tokens * model.num_experts_per_tok * skew.layer * (1 - 1 / ranks)
-    times = 4 + (2 if layout.config.train.recompute == "layers" else 0)
+    again = 2 - 1 / layout.config.parallel.overlap_degree
+    times = 4 + (again if layout.config.train.recompute == "layers" else 0)
     sent = times * model.num_hidden_layers * rows * model.hidden_size * layout.bytes
     return sent / link(layout, device, ranks, 1)
 

@@ -140,6 +140,8 @@ class Verification:
         offloaded = [name for name in ("optimizer", "parameters") if getattr(parallel, f"offload_{name}")]
         return {
             "dispatch": parallel.dispatch,
+            "overlap_degree": str(parallel.overlap_degree),
+            "recompute": self._config.train.recompute,
             "offloaded": " and ".join(offloaded) or "nothing",
             "objective": f"{terms.scope}, router_aux_loss_coef {terms.router_loss:g}, z {terms.router_z_loss:g}",
             "left_out": "dropout, jitter, router bias, dropped rows, the optimizer's moments, given weights, "
