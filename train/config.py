@@ -74,7 +74,7 @@ class ModelConfig:
         None,
         "a folder in the hub's layout, or a hub id (ID@REVISION: of a commit, tag or branch), whose weights, "
         "architecture and tokenizer the run starts from; "
-        "of model.* only sliding_window, attention_dropout and router_* may then differ",
+        "of model.* only sliding_window, attention_dropout, attn_implementation and router_* may then differ",
     )
     vocab_size: int = key(32_000, "rows of the embedding and of the head", minimum=8)
     hidden_size: int = key(4096, "width of the model", minimum=1)
@@ -318,7 +318,9 @@ class OptimConfig:
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = key(0.1, "decay of matrices, also of experts without a token; norms have none", minimum=0)
     moments: str = key(
-        "fp32", "what AdamW keeps both moments in: fp32, or bf16, which takes half", choices=("fp32", "bf16")
+        "fp32",
+        "what AdamW keeps both moments in: fp32, or bf16, which takes half and needs betas of at most 0.99",
+        choices=("fp32", "bf16"),
     )
     max_grad_norm: float | None = key(1.0, "gradients are scaled down to this global norm; null never does", above=0)
 
@@ -363,14 +365,14 @@ class ParallelConfig:
         "with deepspeed_capacity, which rows are dropped: those of least probability, or the last in position",
         choices=("probs", "position"),
     )
-    offload_optimizer: bool = key(False, "whether master weights and moments live in host memory; needs parallel.zero")
-    offload_parameters: bool = key(False, "whether partitioned weights live in host memory; needs parallel.zero=3")
     overlap_degree: int = key(
         1,
         "with split experts, parts of a layer's tokens in training: the rows of one travel while those of another are "
         "computed; 1 overlaps nothing",
         minimum=1,
     )
+    offload_optimizer: bool = key(False, "whether master weights and moments live in host memory; needs parallel.zero")
+    offload_parameters: bool = key(False, "whether partitioned weights live in host memory; needs parallel.zero=3")
     persistent_elements: int = key(
         100_000, "with parallel.zero=3, weights of fewer elements stay whole on every process", minimum=0
     )
@@ -631,7 +633,10 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     """Returns "; did you mean X?" for the candidate most like a word, or nothing."""
     candidates = list(candidates)
     match = [name for name in candidates if name.rpartition(".")[2] == word.rpartition(".")[2]]  # in another section
-    match = match[:1] or difflib.get_close_matches(word, candidates, n=1, cutoff=0.65)
+    begun = [name for name in candidates if name.startswith(word)]
+    match = (
+        match[:1] or (begun if len(begun) == 1 else []) or difflib.get_close_matches(word, candidates, n=1, cutoff=0.65)
+    )
     return f"; did you mean {match[0]}?" if match else ""
 
 
@@ -758,8 +763,8 @@ def _check_optim(optim: OptimConfig) -> None:
         beta = getattr(optim, name)
         _refuse(
             beta > SLOWEST_IN_BF16,
-            f"optim.{name}={beta} decays by less than bf16 can tell: with optim.moments=bf16, at most "
-            f"{SLOWEST_IN_BF16}",
+            f"optim.{name}={beta} is too slow for moments that bf16 rounds after each update: with optim.moments=bf16 "
+            f"set optim.{name}={SLOWEST_IN_BF16} or less besides",
         )
 
 
@@ -791,15 +796,15 @@ def _check_parallel(config: Config) -> None:
             f"parallel.{name}={value} is of no effect: set parallel.dispatch=deepspeed_capacity too",
         )
     _refuse(
-        parallel.offload_optimizer and parallel.zero == 0,
-        "parallel.offload_optimizer=true needs parallel.zero=1 or more",
-    )
-    _refuse(parallel.offload_parameters and parallel.zero < 3, "parallel.offload_parameters=true needs parallel.zero=3")
-    _refuse(
         parallel.overlap_degree > 1 and (parallel.expert == 1 or parallel.dispatch == "deepspeed_capacity"),
         f"parallel.overlap_degree={parallel.overlap_degree} is of no effect with parallel.expert={parallel.expert} "
         f"parallel.dispatch={parallel.dispatch}: it needs split experts (parallel.expert=2 or more) and dropless",
     )
+    _refuse(
+        parallel.offload_optimizer and parallel.zero == 0,
+        "parallel.offload_optimizer=true needs parallel.zero=1 or more",
+    )
+    _refuse(parallel.offload_parameters and parallel.zero < 3, "parallel.offload_parameters=true needs parallel.zero=3")
 
 
 def _check_run(config: Config) -> None:

@@ -30,8 +30,13 @@ from train.parallel.engine import Engine
 from train.parallel.launcher import number_of_processes
 
 PATIENCE_SECONDS = 10.0
-NOTED_BY = "bitsandbytes.backends.cpu.ops"  # as it is imported, by PEFT too, where the `kernels` package is not
-NOTE = "Failed to load CPU gemm_4bit_forward"  # a kernel that nothing here uses
+NOTES = {
+    # As it is imported, by PEFT too, where the `kernels` package is not: a kernel that nothing here uses.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # Of `optim.moments=bf16`, which is tested with every stage of ZeRO here.
+    "DeepSpeed": "**** You are using ZeRO with an untested optimizer",
+}
+"""What libraries log that says nothing to whoever runs this: by logger, how it begins."""
 
 
 def quiet_libraries() -> None:
@@ -39,7 +44,8 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to guess
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # at DeepSpeed's calls
-    logging.getLogger(NOTED_BY).addFilter(_is_no_note)
+    for name in NOTES:
+        logging.getLogger(name).addFilter(_is_no_note)
     transformers.logging.set_verbosity_error()
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -47,7 +53,7 @@ def quiet_libraries() -> None:
 
 
 def _is_no_note(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(NOTE)
+    return not str(record.msg).startswith(NOTES[record.name])
 
 
 @contextlib.contextmanager

@@ -324,6 +324,13 @@ def test_going_back_takes_the_named_checkpoint_and_sets_the_later_ones_aside(die
     }
 
 
+def test_going_back_to_a_checkpoint_that_is_not_there_lists_those_that_are(died, corpus, capsys):
+    missing = died / "checkpoints" / "step-00000004"
+    assert run_small(died, f"data.path={corpus}", *STEPS, f"checkpoint.resume={missing}") == 4
+    assert "no such folder: there are step-0000000" in capsys.readouterr().err
+    assert not missing.exists()
+
+
 def test_a_run_that_saved_nothing_starts_over_loudly_and_keeps_its_rows(corpus, finished, tmp_path, capsys):
     words = [f"data.path={corpus}", *STEPS, f"run.dir={tmp_path / 'run'}"]
     assert run(words, dies_at=3) == 99

@@ -59,7 +59,7 @@ def allowed_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: st
     if refused:
         raise ConfigError(
             f"{where} is of a run with other settings: {', '.join(lines[name] for name in refused)}; go on with those "
-            "it had, or name another run.dir"
+            "it had, or begin a run of its own, in another run.dir and without checkpoint.resume"
         )
     return list(lines.values())
 

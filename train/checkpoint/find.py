@@ -81,6 +81,9 @@ def _candidates(root: Path, resume: str) -> list[str]:
     if chosen is not None and (not own or chosen.parent == root.resolve()):
         if step_of(chosen.name) is None:
             raise CheckpointError(f"checkpoint.resume={resume} is no checkpoint's folder, such as {folder_name(100)}")
+        if not chosen.is_dir():
+            there = f": there are {', '.join(Path(name).name for name in own)}" if own else ""
+            raise CheckpointError(f"checkpoint.resume={resume}: no such folder{there}")
         return [str(chosen)]
     named = read_name(root / "latest")
     if not own and ((root / "latest").exists() or any(root.glob("step-*"))):
