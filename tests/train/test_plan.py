@@ -143,7 +143,7 @@ def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_unless_it_offloads_reco
     assert all(one.is_tight for one in fitting[16] if one.layout.config.parallel.expert > 1)
     assert not fitting[32][0].is_tight
     assert best(plan, 8, h100)  # with offloading eight are enough, slowly
-    assert figures_of(planned(*FULL, processes=32), h100).spare / GB == pytest.approx(21, abs=2)
+    assert figures_of(planned(*FULL, processes=32), h100).spare / GB == pytest.approx(21, abs=0.5)
 
 
 def is_as_it_is(figures):
@@ -159,7 +159,7 @@ def test_adapters_of_8x7b_fit_eight_gpus_of_80_gb_with_experts_over_eight():
     assert figures.high.parts["weights"] / GB == pytest.approx(14.57, abs=0.01)
     assert kept / GB < figures.high.parts["routed rows"] / GB < 1.7 * kept / GB
     assert figures.fits
-    assert figures.spare / GB == pytest.approx(13, abs=2)
+    assert figures.spare / GB == pytest.approx(14.6, abs=0.5)
 
 
 def test_adapters_of_8x22b_need_sixteen_gpus_of_80_gb_unless_they_offload_or_recompute():
@@ -518,3 +518,32 @@ def test_overlapped_rows_travel_while_experts_compute():
     own = sum(layout.here(weight) for weight in layout.trained if weight.layer == 0 and weight.is_expert)
     moment = "backward, first layer"
     assert after.moments[moment]["gradients"] - before.moments[moment]["gradients"] == layout.bytes * own
+
+
+def test_tiled_attention_saves_time_in_bf16_on_a_processor_alone():
+    gpu = device_of(compose_plan(FULL).config.plan)
+    processor = dataclasses.replace(gpu, name="cpu")
+
+    def seconds(device, *words):
+        attention = {}
+        for backend in ("sdpa", "tiled"):
+            backend_words = (f"model.attn_implementation={backend}", "data.sequence_length=1024", *words)
+            layout = planned("recipe=pretrain_tiny", *backend_words, on_gpu=device.is_gpu)
+            attention[backend] = step_of(layout, device, EVEN).parts["attention"]
+        return attention
+
+    half = seconds(processor, "train.precision=bf16")
+    assert half["tiled"] < half["sdpa"]
+    for one in (seconds(processor, "train.precision=fp32"), seconds(gpu, "train.precision=bf16")):
+        assert one["tiled"] == one["sdpa"]
+    windowed = seconds(gpu, "model.sliding_window=256")
+    assert windowed["tiled"] < windowed["sdpa"]
+
+
+def test_moments_of_bf16_cost_time():
+    words = ("recipe=sft_8x7b_full", "plan.gpu=h100-80g")
+    device = device_of(compose_plan(FULL).config.plan)
+    whole, half = (
+        step_of(planned(*words, f"optim.moments={kind}", processes=32), device, EVEN) for kind in ("fp32", "bf16")
+    )
+    assert half.parts["optimizer"] == pytest.approx(whole.parts["optimizer"] * (52 + 8 + 2) / (28 + 8 + 2))

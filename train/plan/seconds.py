@@ -13,6 +13,7 @@ from train.plan.load import Skew
 BACKWARD = 2  # a product's gradients are two products: that of its input, and that of its weight
 ATTENTION_BACKWARD = 2.5  # the probabilities are computed again
 ADAM_BYTES = 28  # of an element: four fp32 numbers are read, three written
+WIDENED_BYTES = 24  # both moments are read in bf16 and written in fp32, and then the other way round
 NORM_BYTES = 8  # its gradient is read for the norm, and again to be scaled
 LAUNCHES = 80  # kernels of a layer forward, its experts aside
 EXPERT_LAUNCHES = 12  # kernels of one expert forward
@@ -96,10 +97,7 @@ def compute(layout: Layout, device: Device, skew: Skew) -> dict[str, float]:
     rows = tokens * model.num_experts_per_tok * skew.layer
     again = 1 if config.train.recompute == "layers" else 0  # passes forward besides the first
     projections = 2 * tokens * hidden * 2 * (queries + keys) * (again + _passes(layout, "_proj.weight"))
-    visible: float = config.data.sequence_length
-    if model.attn_implementation in ("windowed", "tiled", "flash_attention_2"):
-        visible = min(visible / 2, model.sliding_window or visible)  # masked blocks are not computed
-    core = 4 * tokens * visible * queries * (1 + again + ATTENTION_BACKWARD)
+    core = 4 * tokens * _visible(layout, device) * queries * (1 + again + ATTENTION_BACKWARD)
     experts = 2 * rows * 3 * hidden * model.intermediate_size * (again + _passes(layout, ".experts.gate_up_proj"))
     if config.lora.rank and config.lora.experts:
         experts += 2 * rows * config.lora.rank * 3 * (hidden + model.intermediate_size) * (1 + again + BACKWARD)
@@ -126,6 +124,21 @@ def compute(layout: Layout, device: Device, skew: Skew) -> dict[str, float]:
     else:  # processes beyond one for each group of cores wait for each other
         crowd = max(1.0, layout.processes / device.per_host)
     return {name: crowd * seconds for name, seconds in (found | {"launches": started}).items()}
+
+
+def _visible(layout: Layout, device: Device) -> float:
+    """Keys that a query is multiplied with, in time of SDPA: masked blocks are computed, or not.
+
+    Tiles skip them too, but their products are as much slower than SDPA's, in bf16 on a processor aside.
+    """
+    model, length = layout.config.model, layout.config.data.sequence_length
+    seen = min(length, model.sliding_window or length)
+    pays = not device.is_gpu and layout.config.train.precision == "bf16"
+    if model.attn_implementation in ("windowed", "flash_attention_2") or (
+        model.attn_implementation == "tiled" and pays
+    ):
+        return min(length / 2, seen)
+    return seen if model.attn_implementation == "tiled" else length
 
 
 def _passes(layout: Layout, *names: str) -> int:
@@ -208,7 +221,8 @@ def gradients(layout: Layout, device: Device) -> float:
 def optimizer(layout: Layout, device: Device) -> tuple[float, float]:
     """Seconds of the update, and of what travels to and from host memory."""
     owned, moments = layout.trained_owned, layout.moments
-    moved = (NORM_BYTES + ADAM_BYTES * (1 + moments) / 3 + layout.bytes) * owned
+    update = ADAM_BYTES * (1 + moments) / 3 + (WIDENED_BYTES if layout.config.optim.moments == "bf16" else 0)
+    moved = (NORM_BYTES + update + layout.bytes) * owned
     if not (device.is_gpu and layout.config.parallel.offload_optimizer):
         crowd = 1.0 if device.is_gpu else max(1.0, layout.processes / device.per_host)
         return crowd * moved / (device.efficiency.update * device.bandwidth), _offloaded_weights(layout, device)
