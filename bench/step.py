@@ -28,7 +28,7 @@ from bench.instruments import (
     spread,
     timed,
 )
-from train.optim import MasterWeights
+from train.optim import MasterWeights, global_norm
 
 SIZES = {
     "vocab_size": 32_000,
@@ -100,12 +100,15 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
         def step(ids: Tensor) -> None:
             loss = loss_of(ids)
             loss.backward()
-            if masters is not None:
-                masters.collect_gradients()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if masters is not None:
+            if masters is None:
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            else:
+                norm = global_norm(masters.gradients())
+                for part in masters.parts():
+                    torch.nn.utils.clip_grads_with_norm_(part, 1.0, norm)
+                    optimizer.step()
                 masters.publish()
             losses.append(loss.item())
 

@@ -1,7 +1,7 @@
 """Optimizers, their parameter groups, master weights, and the learning rate over the steps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from train.config import MOMENTS, OptimConfig, ScheduleConfig
 NORM_BLOCK = 4096
 UPDATE_BLOCK = 2**20
 """Of so many elements at a time, moments of bf16 are there in fp32."""
+PART = 2**24
+"""When so many elements of gradients are there in fp32, they are used before there are more."""
 
 
 def build_optimizer(parameters: Mapping[str, Tensor], config: OptimConfig) -> torch.optim.Optimizer:
@@ -109,9 +111,10 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     parts = []
     for tensor in tensors:
-        flat = tensor.flatten()
+        flat, dtype = tensor.flatten(), torch.promote_types(tensor.dtype, torch.float32)
         whole = len(flat) // NORM_BLOCK * NORM_BLOCK
-        parts += [torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1), flat[whole:].norm()[None]]
+        blocks = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1, dtype=dtype)
+        parts += [blocks, torch.linalg.vector_norm(flat[whole:], dtype=dtype)[None]]
     return torch.cat(parts).double().norm()
 
 
@@ -119,7 +122,7 @@ class MasterWeights:
     """fp32 copies of a bf16 model's trained parameters, which the optimizer updates.
 
     Updates smaller than half a bf16 step would be lost in bf16 weights; here they add up. Gradients are
-    accumulated in fp32 as well.
+    accumulated in fp32 as well; those of a single pass stay the model's, and are widened as they are used.
 
     Attributes:
         by_name: the copies, by parameter name.
@@ -134,21 +137,47 @@ class MasterWeights:
         self._pairs = [(parameter, self.by_name[name]) for name, parameter in trained.items()]
 
     def collect_gradients(self) -> None:
-        """Moves the model's gradients onto the copies."""
-        for parameter, master in self._pairs:
-            if parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
-            parameter.grad = None
+        """Adds the model's gradients to those of the copies."""
+        for pair in self._pairs:
+            _collect(*pair)
+
+    @property
+    def has_collected(self) -> bool:
+        """Whether the copies have gradients."""
+        return any(master.grad is not None for _, master in self._pairs)
+
+    def gradients(self) -> list[Tensor]:
+        """Gives the gradients, of the copies or of the model, wherever they are."""
+        pairs = [[one.grad for one in pair if one.grad is not None] for pair in self._pairs]
+        return [gradient for pair in pairs for gradient in pair]
+
+    def parts(self) -> Iterator[list[Tensor]]:
+        """Yields copies with their gradients, a part at a time; these are gone when the next part is asked for."""
+        part: list[Tensor] = []
+        for number, (parameter, master) in enumerate(self._pairs, start=1):
+            _collect(parameter, master)
+            part.append(master)
+            if number == len(self._pairs) or sum(one.numel() for one in part) >= PART:
+                yield part
+                for one in part:
+                    one.grad = None
+                part = []
 
     @torch.no_grad()
     def publish(self) -> None:
         """Rounds the copies into the model."""
         for parameter, master in self._pairs:
             parameter.copy_(master)
+
+
+def _collect(parameter: Tensor, master: Tensor) -> None:
+    if parameter.grad is None:
+        return
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad += parameter.grad
+    parameter.grad = None
 
 
 def warm_up_warning(max_steps: int, lr: float, config: ScheduleConfig) -> str | None:

@@ -142,6 +142,46 @@ def test_bf16_gradients_are_accumulated_in_fp32():
     assert model.weight.grad is None
 
 
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_gradients_of_one_pass_are_widened_a_part_at_a_time_and_update_the_same(moments, monkeypatch):
+    monkeypatch.setattr("train.optim.PART", 80)
+    found, there = [], []
+    for collects in (True, False):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(4)]
+        model = torch.nn.Sequential(*layers, torch.nn.Linear(8, 1, bias=False, dtype=torch.bfloat16))
+        masters = MasterWeights(model)
+        optimizer = build_optimizer(masters.by_name, OptimConfig(lr=1e-2, moments=moments))
+        for _ in range(3):
+            model(torch.randn(5, 8, dtype=torch.bfloat16)).sum().backward()
+            norm = global_norm(masters.gradients())
+            if collects:
+                masters.collect_gradients()
+                assert masters.has_collected
+                torch.nn.utils.clip_grads_with_norm_(list(masters.by_name.values()), 0.1, norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                assert not masters.has_collected
+                for part in masters.parts():
+                    there.append(sum(one.grad is not None for one in masters.by_name.values()))
+                    assert there[-1] == len(part)
+                    torch.nn.utils.clip_grads_with_norm_(part, 0.1, norm)
+                    optimizer.step()
+            assert not masters.gradients()
+            masters.publish()
+        states = [state for master in masters.by_name.values() for state in optimizer.state[master].values()]
+        found.append([*masters.by_name.values(), *states])
+    assert there == [3, 3, 3] * 3  # of matrices of 64 and vectors of 8, until there are 80 elements
+    for collected, widened in zip(*found, strict=True):
+        assert torch.equal(collected, widened)
+
+
+def test_the_norm_of_bf16_gradients_is_that_of_fp32():
+    gradients = [torch.randn(3000, 101).bfloat16(), torch.randn(5).bfloat16()]
+    assert torch.equal(global_norm(gradients), global_norm([gradient.float() for gradient in gradients]))
+
+
 def test_the_norm_of_millions_of_gradients_is_exact():
     gradients = [torch.randn(3000, 1001), torch.randn(5), torch.zeros(0), torch.full((2, 2), 3.0)]
     exact = torch.cat([gradient.flatten().double() for gradient in gradients]).norm()

@@ -63,7 +63,8 @@ class ReplicatedEngine(Engine):
         local = not last or self._masters is not None  # the masters' gradients are averaged in fp32, by `step`
         with self.accelerator.no_sync(self.model) if local else contextlib.nullcontext():
             self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
-        if self._masters is not None:
+        alone = last and self.world_size == 1
+        if self._masters is not None and not (alone and not self._masters.has_collected):
             self._masters.collect_gradients()
             if last and self.world_size > 1:
                 gradients = self._gradients()
@@ -72,6 +73,8 @@ class ReplicatedEngine(Engine):
                 torch._foreach_div_(gradients, self.world_size)
 
     def _gradients(self) -> list[Tensor]:
+        if self._masters is not None:
+            return self._masters.gradients()
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def faults(self) -> Tensor:
@@ -80,6 +83,7 @@ class ReplicatedEngine(Engine):
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
         self._norm = None
         self._seen.zero_()
 
@@ -88,11 +92,12 @@ class ReplicatedEngine(Engine):
         if not torch.isfinite(norm):
             self.discard()
             raise NumericsError.of_gradient(norm.item())
-        if self._config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        for part in [self._parameters] if self._masters is None else self._masters.parts():
+            if self._config.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(part, self._config.max_grad_norm, norm)
+            self.optimizer.step()
         self.discard()
         if self._masters is not None:
             self._masters.publish()
@@ -117,10 +122,12 @@ class ReplicatedEngine(Engine):
             parameters = trained_parameters(self.module)
         else:
             parameters = self._masters.by_name
+        models = trained_parameters(self.module)
         for name, parameter in parameters.items():
             if names is not None and name not in names:
                 continue
             if kind != "gradients":
                 yield name, parameter.detach()
-            else:
-                yield name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                continue
+            gradient = models[name].grad if parameter.grad is None else parameter.grad
+            yield name, torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)

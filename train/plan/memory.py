@@ -18,6 +18,8 @@ BUCKET = 500_000_000
 """Elements of DeepSpeed's bucket of gradients, `reduce_bucket_size`."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps whole at most, `stage3_max_live_parameters` and `stage3_max_reuse_distance`."""
+PART = 2**24
+"""Elements whose gradients are widened before they are used: train/optim.py."""
 PREFETCH = 50_000_000
 """Elements that ZeRO-3 fetches ahead in one piece, `stage3_prefetch_bucket_size`; a parameter is a copy out of it."""
 CHUNK = 1024
@@ -192,6 +194,10 @@ def _step(layout: Layout) -> dict[str, Blocks]:
     gradients, copies = _held(layout), Blocks()
     if layout.zero == 0 and layout.bytes == FP32:
         gradients = _arrived(layout, layout.trained, [])
+    elif layout.zero == 0 and layout.processes == 1 and not gradients.total:  # widened a part at a time
+        gradients = _gradients(layout, layout.bytes, layout.trained)
+        largest = max(map(layout.here, layout.trained), default=0)
+        copies = Blocks.of([FP32 * min(layout.trained_here, PART + largest)])
     elif layout.zero == 0:
         gradients = _gradients(layout, FP32, layout.trained) + (gradients if layout.processes > 1 else Blocks())
     elif layout.zero < 3 and layout.bytes == FP32:
