@@ -367,8 +367,8 @@ class ParallelConfig:
     )
     overlap_degree: int = key(
         1,
-        "with split experts, parts of a layer's tokens in training: the rows of one travel while those of another are "
-        "computed; 1 overlaps nothing",
+        "with split experts, parts of a layer's tokens: the rows of one travel while those of another are computed; "
+        "1 overlaps nothing",
         minimum=1,
     )
     offload_optimizer: bool = key(False, "whether master weights and moments live in host memory; needs parallel.zero")
@@ -799,6 +799,11 @@ def _check_parallel(config: Config) -> None:
         parallel.overlap_degree > 1 and (parallel.expert == 1 or parallel.dispatch == "deepspeed_capacity"),
         f"parallel.overlap_degree={parallel.overlap_degree} is of no effect with parallel.expert={parallel.expert} "
         f"parallel.dispatch={parallel.dispatch}: it needs split experts (parallel.expert=2 or more) and dropless",
+    )
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    _refuse(
+        parallel.overlap_degree > tokens,
+        f"parallel.overlap_degree={parallel.overlap_degree}, but a pass has {tokens} tokens: give at most as many",
     )
     _refuse(
         parallel.offload_optimizer and parallel.zero == 0,

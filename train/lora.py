@@ -108,7 +108,10 @@ def trainable_model(config: Config, model: MixtralConfig) -> Model:
     else:
         adapt(module, adapter, config.lora.dropout)
     if config.train.recompute == "layers":
-        module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # A layer computed to its end awaits all rows that it sent; or what NCCL has of them would be let go of late.
+        stops = config.parallel.overlap_degree == 1
+        options = {"use_reentrant": False, "early_stop": stops}
+        module.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     if config.lora.quantize == "nf4":
         quantize(module, DTYPES[config.train.precision])
     return module

@@ -15,7 +15,7 @@ CASES = ["even", "all to one expert", "none to the first rank", "one rank has no
 CASES += ["capacity, even", "capacity, all to one expert", "capacity, a single token"]
 CASES += ["drops by probs", "drops by position"]
 CASES += [f"in 3 parts, {case}" for case in CASES[:6]]
-CASES += ["overlap of 1", "overlap of 2", "overlap of 3", "freed"]
+CASES += ["overlap of 1", "overlap of 2", "overlap of 3", "freed", "twice in 1", "twice in 2"]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -78,10 +78,11 @@ def one_process(run):
 LAYOUTS = {
     "2 processes, ZeRO-1": (2, ["parallel.zero=1", "train.micro_batch_size=4"]),
     "2 processes, EP 2": (2, ["parallel.expert=2", "parallel.zero=2", "train.micro_batch_size=4"]),
-    "4 processes, EP 2": (
-        4,
-        ["parallel.expert=2", "parallel.zero=3", "train.micro_batch_size=2", "parallel.overlap_degree=2"],
+    "2 processes, EP 2, overlapped": (
+        2,
+        ["parallel.expert=2", "parallel.zero=2", "train.micro_batch_size=4", "parallel.overlap_degree=2"],
     ),
+    "4 processes, EP 2": (4, ["parallel.expert=2", "parallel.zero=3", "train.micro_batch_size=2"]),
 }
 
 

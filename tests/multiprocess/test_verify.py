@@ -17,33 +17,33 @@ LAYOUTS = {
     "without experts split": (2, ["parallel.zero=2", "train.router_loss_scope=huggingface"]),
     "DeepSpeed's capacity layer": (2, ["parallel.expert=2", "parallel.zero=2", "parallel.dispatch=deepspeed_capacity"]),
     "replicated": (2, ["train.gradient_accumulation_steps=3", "train.recompute=layers"]),
-    "EP 2 x DP 2": (
-        4,
-        [
-            *("parallel.expert=2", "parallel.zero=1", "train.gradient_accumulation_steps=3"),
-            "parallel.overlap_degree=2",
-        ],
-    ),
+    "EP 2 x DP 2": (4, ["parallel.expert=2", "parallel.zero=1", "train.gradient_accumulation_steps=3"]),
     "ZeRO-3, EP 2 x DP 2": (
         4,
         [
             *("parallel.expert=2", "parallel.zero=3", "train.gradient_accumulation_steps=3"),
-            *("train.router_z_loss_coef=1", "train.recompute=layers", "parallel.overlap_degree=3"),
+            *("train.router_z_loss_coef=1", "train.recompute=layers"),
         ],
     ),
-    "EP 4": (
+    "EP 4": (4, ["parallel.expert=4", "parallel.zero=3", "train.router_loss_scope=previous_step"]),
+    "overlapped": (2, ["parallel.expert=2", "parallel.zero=2", "parallel.overlap_degree=3"]),
+    "overlapped, ZeRO-3, EP 2 x DP 2": (
         4,
         [
-            *("parallel.expert=4", "parallel.zero=3", "train.router_loss_scope=previous_step"),
-            "parallel.overlap_degree=2",
+            *("parallel.expert=2", "parallel.zero=3", "train.gradient_accumulation_steps=3"),
+            *("train.recompute=layers", "parallel.overlap_degree=2"),
+        ],
+    ),
+    "overlapped, bf16, adapters": (
+        2,
+        [
+            *("parallel.expert=2", "parallel.zero=1", "train.precision=bf16", "lora.rank=4"),
+            *("train.recompute=layers", "parallel.overlap_degree=2"),
         ],
     ),
     "bf16, adapters": (
         2,
-        [
-            *("parallel.expert=2", "parallel.zero=2", "train.precision=bf16", "lora.rank=4", "train.recompute=layers"),
-            "parallel.overlap_degree=2",
-        ],
+        ["parallel.expert=2", "parallel.zero=2", "train.precision=bf16", "lora.rank=4", "train.recompute=layers"],
     ),
     "bf16, ZeRO-1": (2, ["parallel.expert=2", "parallel.zero=1", "train.precision=bf16"]),
     "bf16, EP 2 x DP 2": (4, ["parallel.expert=2", "parallel.zero=2", "train.precision=bf16"]),

@@ -179,6 +179,8 @@ def test_overlap_is_refused_where_there_is_none(words):
     assert compose(given).config.parallel.overlap_degree == 2
     with pytest.raises(ConfigError, match="parallel.overlap_degree=2 is of no effect with .*" + words[0]):
         compose([*given, *words])
+    with pytest.raises(ConfigError, match="parallel.overlap_degree=999999, but a pass has"):
+        compose([*given, "parallel.overlap_degree=999999"])
 
 
 @pytest.mark.parametrize("text", RECIPE_MISTAKES)

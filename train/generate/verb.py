@@ -102,6 +102,7 @@ def generation(engine: Engine, _: RunFolder | None, config: Config) -> str:
     tokenizer = engine.on_main(lambda: open_tokenizer(source.tokenizer, vocabulary, None, source.chat_template))
     encoder = Encoder(tokenizer, source, vocabulary)
     asked = engine.on_main(lambda: _asked(encoder, config))
+    config.parallel.overlap_degree = 1  # a token has few rows, and each part costs messages
     hold_model(engine, config, tokenizer)
     sampling = Sampling(given.temperature, given.top_k, given.top_p, config.run.seed)
     ends = engine.on_main(lambda: end_marks(tokenizer, config.model.init_from))

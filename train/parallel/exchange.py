@@ -1,4 +1,4 @@
-"""Rows that travel between ranks: a differentiable all-to-all with unequal splits, in the background."""
+"""Rows that travel between ranks: a differentiable all-to-all with unequal splits, beside which a rank may compute."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -29,23 +29,25 @@ class Route(NamedTuple):
         sends: rows for each rank.
         receives: rows from each rank.
         group: the ranks.
+        beside: whether the rank computes beside it, until the rows are asked for; or waits when they depart.
     """
 
     sends: list[int]
     receives: list[int]
     group: dist.ProcessGroup | None
+    beside: bool
 
     def back(self) -> "Route":
         """Gives the way on which what arrived returns."""
-        return Route(self.receives, self.sends, self.group)
+        return self._replace(sends=self.receives, receives=self.sends)
 
 
 class Journey:
-    """Rows on their way to other ranks, while this one may compute; their gradient travels back in the same manner.
+    """Rows on their way to other ranks; in backward their gradient travels back in the same manner.
 
-    It departs when backward comes to where the rows arrived, and is awaited where they departed. So backward computes
-    what forward computed between two points while the gradient travels between them. No rank may have nothing to do
-    with it: one without rows takes part, and all begin their journeys in the same order.
+    The gradient departs when backward comes to `arrived`, and is awaited where the rows departed. So beside it backward
+    computes what forward computed beside the rows. No rank may have nothing to do with it: one without rows takes
+    part, all begin their journeys in the same order, and a gradient is wanted on all of them or on none.
 
     Args:
         rows_RH: the rows, those for the first rank first.
@@ -53,30 +55,39 @@ class Journey:
     """
 
     def __init__(self, rows_RH: Tensor, route: Route) -> None:
-        self._transfer = _Transfer()
-        self._rows_RH: Tensor = _Depart.apply(rows_RH, route, self._transfer)
+        self._transfer = _Transfer(route)
+        self._rows_RH: Tensor = _Depart.apply(rows_RH, self._transfer)
 
     def arrived(self) -> Tensor:
-        """Waits for the rows of all ranks, those of the first one first."""
+        """Waits for the rows of all ranks, those of the first one first; to be called once."""
         rows_RH: Tensor = _Arrive.apply(self._rows_RH, self._transfer)
         return rows_RH
 
 
 class _Transfer:
-    """What is under way: forward, then backward. It must know no tensor with a history, which knows it."""
+    """What is under way, forward and later backward.
 
-    route: Route
+    Nodes of the graph hold it; so of tensors it holds only detached ones, or what it holds would hold it in turn.
+    """
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
 
     def begin(self, rows_RH: Tensor, route: Route) -> Tensor:
-        self.route = route
         self._arriving_RH = rows_RH.new_empty((sum(route.receives), *rows_RH.shape[1:]))
         self._work = dist.all_to_all_single(
-            self._arriving_RH, rows_RH.contiguous(), route.receives, route.sends, group=route.group, async_op=True
+            self._arriving_RH,
+            rows_RH.contiguous(),
+            route.receives,
+            route.sends,
+            group=route.group,
+            async_op=route.beside,
         )
         return self._arriving_RH.detach()
 
     def end(self) -> Tensor:
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         arrived_RH = self._arriving_RH
         del self._work, self._arriving_RH
         return arrived_RH
@@ -84,14 +95,14 @@ class _Transfer:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, route: Route, transfer: _Transfer) -> Tensor:
+    def forward(ctx: Any, rows_RH: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        return transfer.begin(rows_RH, route)
+        return transfer.begin(rows_RH, transfer.route)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, under_way_RH: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.transfer.end(), None, None
+    def backward(ctx: Any, under_way_RH: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.end(), None
 
 
 class _Arrive(torch.autograd.Function):

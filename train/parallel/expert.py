@@ -33,7 +33,7 @@ class ExpertParallelBlock(nn.Module):
         rank: this rank's place in its group.
 
     Attributes:
-        parts: of the tokens, one of which is computed while another travels, in training.
+        parts: of the tokens, one of which is computed beside another that travels.
         traffic: of each training pass since it was last cleared.
     """
 
@@ -57,29 +57,27 @@ class ExpertParallelBlock(nn.Module):
     def dispatch(self, x_TH: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """Sends every token's rows to the ranks of its K experts and sums what comes back; drops none.
 
-        In training the tokens are taken in parts: while the rows of one travel, those of another are computed.
-        Every rank of the group must call it, with tokens or without. Returns (T, H).
+        The tokens are taken in parts: beside the rows of one that travel, those of another are computed. Every rank
+        of the group must call it, with tokens or without. Returns (T, H).
         """
         top_k = routing.experts_TK.shape[-1]
-        sizes = _even_sizes(len(x_TH), self.parts if self.training else 1)
-        orders, counts = zip(
-            *(sort_rows(one, self.num_experts) for one in routing.experts_TK.split(sizes)), strict=True
-        )
-        arriving_NPE, routes = self._routes(torch.stack(counts))
-        away = [
-            (
-                Journey(spread_rows(x_tH, order_R, top_k), route),
-                Journey(spread_rows(w_tK.view(-1, 1), order_R, 1), route),
-            )
-            for x_tH, w_tK, order_R, route in zip(
-                x_TH.split(sizes), routing.weights_TK.split(sizes), orders, routes, strict=True
-            )
-        ]
+        sizes = _even_sizes(len(x_TH), self.parts)
+        sorts = [sort_rows(experts_tK, self.num_experts) for experts_tK in routing.experts_TK.split(sizes)]
+        arriving_NPE, routes = self._routes(torch.stack([counts_E for _, counts_E in sorts]))
+        orders = [order_R for order_R, _ in sorts]
+
+        away = []  # the rows of every part, and what each weighs
+        parts = zip(x_TH.split(sizes), routing.weights_TK.split(sizes), orders, routes, strict=True)
+        for x_tH, weights_tK, order_R, route in parts:
+            rows = Journey(spread_rows(x_tH, order_R, top_k), route)
+            away.append((rows, Journey(spread_rows(weights_tK.view(-1, 1), order_R, 1), route)))
+
         back = []
         for (rows, weights), arriving_PE, route in zip(away, arriving_NPE, routes, strict=True):
             rows_RH, weights_R1 = rows.arrived(), weights.arrived()
             assignment = Assignment(_by_expert(arriving_PE, len(rows_RH)), arriving_PE.sum(dim=0), weights_R1)
             back.append(Journey(experts(rows_RH, assignment), route.back()))
+
         weighted = [rows.arrived() for rows in back]
         summed = [gather_rows(rows_RH, order_R, top_k) for rows_RH, order_R in zip(weighted, orders, strict=True)]
         return summed[0] if len(summed) == 1 else torch.cat(summed)
@@ -90,7 +88,7 @@ class ExpertParallelBlock(nn.Module):
         leaving_NP = counts_NE.unflatten(1, (self.ep_size, -1)).sum(dim=2)
         routes = []
         for sends, receives in torch.stack([leaving_NP, arriving_NPE.sum(dim=2)], dim=1).tolist():
-            routes.append(Route(sends, receives, self.ep_group))
+            routes.append(Route(sends, receives, self.ep_group, beside=self.parts > 1))
             self.count(Traffic(sum(sends), sum(receives), sum(sends) - sends[self.ep_rank]))
         return arriving_NPE, routes
 

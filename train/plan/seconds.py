@@ -72,15 +72,14 @@ def step_of(layout: Layout, device: Device, skew: Skew) -> Step:
     """
     passes = layout.config.train.gradient_accumulation_steps
     parts = {name: passes * seconds for name, seconds in compute(layout, device, skew).items()}
-    travel = passes * all_to_all(layout, device, skew)
-    hidden = 0.0
+    travel, computing, hidden = passes * all_to_all(layout, device, skew), sum(parts.values()), 0.0
     if device.is_gpu:  # the first part goes out, and the last one comes back, while nothing is computed
         hidden = (1 - 1 / layout.config.parallel.overlap_degree) * min(travel, parts["experts"])
     parts["all-to-all"] = travel - hidden
     reduced, gathered = zero_traffic(layout, device)
     parts["ZeRO traffic"] = reduced + gathered
-    if layout.zero == 3 and device.is_gpu:  # which overlaps both with what is computed
-        behind = min(reduced + gathered, sum(parts.values()) - parts["ZeRO traffic"])
+    if layout.zero == 3 and device.is_gpu:  # which overlaps both with what is computed, and hides nothing else
+        behind = min(reduced + gathered, computing - hidden)
         parts["ZeRO traffic"] -= behind
         hidden += behind
     parts["gradients"] = gradients(layout, device)
@@ -112,12 +111,8 @@ def compute(layout: Layout, device: Device, skew: Skew) -> dict[str, float]:
         / share.memory
         / device.bandwidth,
     }
-    started = (
-        layers
-        * (1 + again + BACKWARD)
-        * share.launch
-        * (LAUNCHES + EXPERT_LAUNCHES * model.num_local_experts / layout.expert_ranks)
-    )
+    of_experts = EXPERT_LAUNCHES * config.parallel.overlap_degree * model.num_local_experts / layout.expert_ranks
+    started = layers * (1 + again + BACKWARD) * share.launch * (LAUNCHES + of_experts)
     if device.is_gpu:  # which computes what was launched before, meanwhile
         started = max(0.0, started - sum(found.values()))
         crowd = 1.0
@@ -159,7 +154,9 @@ def _moved(layout: Layout, rows: float, passes: int) -> float:
 
 def _made(layout: Layout) -> float:
     """Bytes of a pass in which weights are made of their four bits: these are read, the weights written."""
-    return (NF4 + layout.bytes) * sum(layout.here(weight) for weight in layout.weights if layout.is_quantized(weight))
+    parts = layout.config.parallel.overlap_degree
+    made = [weight for weight in layout.weights if layout.is_quantized(weight)]
+    return (NF4 + layout.bytes) * sum(layout.here(weight) * (parts if weight.is_expert else 1) for weight in made)
 
 
 def link(layout: Layout, device: Device, ranks: int, stride: int) -> float:
@@ -171,13 +168,13 @@ def link(layout: Layout, device: Device, ranks: int, stride: int) -> float:
 def all_to_all(layout: Layout, device: Device, skew: Skew) -> float:
     """Seconds that rows travel in a pass: there and back, forward and backward.
 
-    Recomputing stops where nothing more is wanted: rows go out again, and of all parts but the last they come back.
+    Recomputing stops where nothing more is wanted, before the rows come back; with overlap it does not.
     """
     ranks, model = layout.expert_ranks, layout.config.model
     if ranks == 1:
         return 0.0
     rows = layout.tokens * model.num_experts_per_tok * skew.layer * (1 - 1 / ranks)
-    again = 2 - 1 / layout.config.parallel.overlap_degree
+    again = 1 if layout.config.parallel.overlap_degree == 1 else 2
     times = 4 + (again if layout.config.train.recompute == "layers" else 0)
     sent = times * model.num_hidden_layers * rows * model.hidden_size * layout.bytes
     return sent / link(layout, device, ranks, 1)
@@ -210,12 +207,16 @@ def gradients(layout: Layout, device: Device) -> float:
 
     DeepSpeed copies them into its bucket, divides that, and takes it into pieces to be summed; then it copies what a
     process owns out of it, twice, and takes its norm in fp64. DistributedDataParallel copies them into buckets once.
+    Those of the parts that `parallel.overlap_degree` makes are added up before.
     """
     passes, several = layout.config.train.gradient_accumulation_steps, layout.processes > 1
+    parts = layout.config.parallel.overlap_degree
+    added = 3 * layout.bytes * sum(layout.here(weight) for weight in layout.trained if weight.is_expert)
     copies = {0: 2 if several else 0, 1: 2 + several, 2: 2 + several, 3: 2 + 2 * several}[layout.zero]
     once = 2 * FP32 * copies * layout.trained_here + (2 * 2 * FP32 + 12) * layout.trained_owned * (layout.zero > 0)
     crowd = 1.0 if device.is_gpu else max(1.0, layout.processes / device.per_host)
-    return crowd * (passes if layout.zero > 1 else 1) * once / (device.efficiency.memory * device.bandwidth)
+    moved = (passes if layout.zero > 1 else 1) * once + passes * (parts - 1) * added
+    return crowd * moved / (device.efficiency.memory * device.bandwidth)
 
 
 def optimizer(layout: Layout, device: Device) -> tuple[float, float]:
