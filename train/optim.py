@@ -152,12 +152,17 @@ class MasterWeights:
         return [gradient for pair in pairs for gradient in pair]
 
     def parts(self) -> Iterator[list[Tensor]]:
-        """Yields copies with their gradients, a part at a time; these are gone when the next part is asked for."""
+        """Yields copies with their gradients, a part at a time; these are gone when the next part is asked for.
+
+        No other copy has a gradient meanwhile, since an optimizer updates all that have one. So what was collected is
+        one part.
+        """
+        most = math.inf if self.has_collected else PART
         part: list[Tensor] = []
         for number, (parameter, master) in enumerate(self._pairs, start=1):
             _collect(parameter, master)
             part.append(master)
-            if number == len(self._pairs) or sum(one.numel() for one in part) >= PART:
+            if number == len(self._pairs) or sum(one.numel() for one in part) >= most:
                 yield part
                 for one in part:
                     one.grad = None

@@ -146,7 +146,7 @@ def test_bf16_gradients_are_accumulated_in_fp32():
 def test_gradients_of_one_pass_are_widened_a_part_at_a_time_and_update_the_same(moments, monkeypatch):
     monkeypatch.setattr("train.optim.PART", 80)
     found, there = [], []
-    for collects in (True, False):
+    for collects, by_hand in ((True, True), (True, False), (False, False)):
         torch.manual_seed(0)
         layers = [torch.nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(4)]
         model = torch.nn.Sequential(*layers, torch.nn.Linear(8, 1, bias=False, dtype=torch.bfloat16))
@@ -157,24 +157,25 @@ def test_gradients_of_one_pass_are_widened_a_part_at_a_time_and_update_the_same(
             norm = global_norm(masters.gradients())
             if collects:
                 masters.collect_gradients()
-                assert masters.has_collected
+            assert masters.has_collected == collects
+            if by_hand:
                 torch.nn.utils.clip_grads_with_norm_(list(masters.by_name.values()), 0.1, norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            else:
-                assert not masters.has_collected
-                for part in masters.parts():
-                    there.append(sum(one.grad is not None for one in masters.by_name.values()))
-                    assert there[-1] == len(part)
-                    torch.nn.utils.clip_grads_with_norm_(part, 0.1, norm)
-                    optimizer.step()
+            for part in () if by_hand else masters.parts():
+                there.append(sum(one.grad is not None for one in masters.by_name.values()))
+                assert there[-1] == len(part)
+                torch.nn.utils.clip_grads_with_norm_(part, 0.1, norm)
+                optimizer.step()
             assert not masters.gradients()
             masters.publish()
         states = [state for master in masters.by_name.values() for state in optimizer.state[master].values()]
         found.append([*masters.by_name.values(), *states])
-    assert there == [3, 3, 3] * 3  # of matrices of 64 and vectors of 8, until there are 80 elements
-    for collected, widened in zip(*found, strict=True):
-        assert torch.equal(collected, widened)
+    # What was collected is one part; else matrices of 64 and vectors of 8, until there are 80 elements.
+    assert there == [9] * 3 + [3, 3, 3] * 3
+    for one, collected, widened in zip(*found, strict=True):
+        assert torch.equal(collected, one)
+        assert torch.equal(widened, one)
 
 
 def test_the_norm_of_bf16_gradients_is_that_of_fp32():
