@@ -234,24 +234,28 @@ def check_twice(rank: int, world: int, parts: int) -> None:
 
 def check_freed(rank: int, world: int) -> None:
     """What is exchanged goes with its pass, without the garbage collector: also where recomputing stops halfway."""
-    _, split = make_blocks(rank, world, overlap_degree=2)
-    hidden, _ = make_inputs("even", rank)
-    transfers = []
+    for parts, stops, expected in ((1, True, 3 + 2), (2, True, 6 + 5), (2, False, 6 + 6)):
+        _, split = make_blocks(rank, world, overlap_degree=parts)
+        hidden, _ = make_inputs("even", rank)
+        transfers = []
 
-    class Watched(Journey):
-        def __init__(self, *arguments) -> None:
-            super().__init__(*arguments)
-            transfers.append(weakref.ref(self._transfer))
+        class Watched(Journey):
+            def __init__(self, *arguments, transfers=transfers) -> None:
+                super().__init__(*arguments)
+                transfers.append(weakref.ref(self._transfer))
 
-    expert_layer.Journey = Watched
-    gc.disable()
-    try:
-        checkpoint(lambda x: split(x)[0], hidden, use_reentrant=False).sum().backward()
-    finally:
-        expert_layer.Journey = Journey
-        gc.enable()
-    assert len(transfers) == 6 + 5, "recomputing stops before the last part returns"
-    assert not any(transfer() for transfer in transfers)
+        expert_layer.Journey = Watched
+        under_way = dist.all_to_all_single = UnderWay()
+        gc.disable()
+        try:
+            options = {"use_reentrant": False, "early_stop": stops}
+            checkpoint(lambda x, split=split: split(x)[0], hidden, **options).sum().backward()
+        finally:
+            expert_layer.Journey, dist.all_to_all_single = Journey, under_way._original
+            gc.enable()
+        assert len(transfers) == expected, (parts, stops, len(transfers))
+        assert not any(transfer() for transfer in transfers)
+        assert (under_way.now == 0) == (parts == 1 or not stops), "only what stops halfway is not awaited"
 
 
 def proofs(case: str, rank: int, world: int) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from tests.train.helpers import run_small, write_corpus
 from train import optim
 from train.config import OptimConfig, ScheduleConfig
 from train.optim import MasterWeights, build_optimizer, global_norm, learning_rate, warm_up_warning
@@ -140,6 +141,18 @@ def test_bf16_gradients_are_accumulated_in_fp32():
         masters.collect_gradients()
     assert masters.by_name["weight"].grad.item() == 257.0
     assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_run_in_bf16_is_the_same_whatever_is_widened_at_a_time(passes, monkeypatch, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", documents=300)
+    words = [f"data.path={corpus}", "train.precision=bf16", f"train.gradient_accumulation_steps={passes}"]
+    found = []
+    for part in (2**24, 1000):
+        monkeypatch.setattr("train.optim.PART", part)
+        assert run_small(tmp_path / str(part), *words) == 0
+        found.append((tmp_path / str(part) / "export" / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])

@@ -19,7 +19,7 @@ BUCKET = 500_000_000
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps whole at most, `stage3_max_live_parameters` and `stage3_max_reuse_distance`."""
 PART = 2**24
-"""Elements whose gradients are widened before they are used: train/optim.py."""
+"""Elements whose gradients are widened before they are used, and a parameter at the most: train/optim.py."""
 PREFETCH = 50_000_000
 """Elements that ZeRO-3 fetches ahead in one piece, `stage3_prefetch_bucket_size`; a parameter is a copy out of it."""
 CHUNK = 1024
