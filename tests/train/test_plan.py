@@ -573,3 +573,18 @@ def test_overlap_sends_more_when_recomputing_and_makes_frozen_experts_again_in_e
     again = [step_with("train.recompute=layers", f"parallel.overlap_degree={degree}") for degree in (1, 2)]
     assert again[0]["all-to-all"] == pytest.approx(whole["all-to-all"] * 5 / 4)
     assert again[1]["all-to-all"] == pytest.approx(whole["all-to-all"] * 6 / 4)
+
+
+def test_what_starts_the_fewest_devices_can_be_started_with_overlap_or_without(tmp_path, capsys):
+    """A given overlap is left out where the experts of a layout that was found are not split."""
+    words = ["recipe=pretrain_tiny", "plan.gpus=2", "plan.gpu=h100-80g", "plan.search=true"]
+    words += ["parallel.expert=2", "parallel.zero=1", "parallel.overlap_degree=2"]
+    assert main(["plan", *words, f"run.dir={tmp_path / 'plan'}"]) == 0
+    said = capsys.readouterr().out
+    layout = re.search(r"^  layout  (.*)$", said, re.MULTILINE)
+    assert layout is not None
+    assert "parallel.expert=2 parallel.overlap_degree=2" in layout[1]
+    smallest_layout = read_json(tmp_path / "plan" / "plan.json")["smallest"]["layout"]
+    assert smallest_layout["expert"] == smallest_layout["overlap_degree"] == 1
+    (found_command,) = re.findall(r"^ *python -m train (.*)$", said, re.MULTILINE)
+    assert compose(found_command.split()).config.parallel.overlap_degree == 1

@@ -73,6 +73,7 @@ class Figures:
             "hosts": device.hosts(layout.processes),
             "layout": {
                 "expert": layout.expert_ranks,
+                "overlap_degree": layout.config.parallel.overlap_degree,
                 "zero": layout.zero,
                 "micro_batch_size": layout.config.train.micro_batch_size,
                 "gradient_accumulation_steps": layout.config.train.gradient_accumulation_steps,

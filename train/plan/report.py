@@ -23,6 +23,7 @@ def keys_of(figures: Figures) -> dict[str, str]:
     parallel, train = figures.layout.config.parallel, figures.layout.config.train
     return {
         "parallel.expert": f"{parallel.expert}",
+        "parallel.overlap_degree": f"{parallel.overlap_degree}",
         "parallel.zero": f"{parallel.zero}",
         "parallel.offload_optimizer": f"{parallel.offload_optimizer}".lower(),
         "parallel.offload_parameters": f"{parallel.offload_parameters}".lower(),
@@ -34,7 +35,12 @@ def keys_of(figures: Figures) -> dict[str, str]:
 
 def words_of(figures: Figures) -> str:
     """Writes a layout as keys, those left out that do nothing."""
-    return " ".join(f"{key}={value}" for key, value in keys_of(figures).items() if value not in ("false", "none"))
+    idle = {("parallel.overlap_degree", "1")}
+    return " ".join(
+        f"{key}={value}"
+        for key, value in keys_of(figures).items()
+        if value not in ("false", "none") and (key, value) not in idle
+    )
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
