@@ -1,11 +1,11 @@
 """Overlapped exchange: a layer of experts over two processes, whole and in parts, over links of given speeds.
 
-A pass forward and backward, in turns within the same two processes of one thread. The link is the loopback device of a
-network namespace of its own, whose speed the kernel's token bucket limits, both ways together; so what travels takes
-time that no core spends, as between hosts. That needs root, `unshare` and `tc`. What a link adds to the pass in one
-part on the free device is what there is to hide.
+A pass forward and backward, in turns within the same two processes of one thread, over the free loopback device and
+over each link. A link is the loopback device of a network namespace of its own, whose speed the kernel's token bucket
+limits, both ways together; so what travels takes time that no core spends, as between hosts. That needs root,
+`unshare` and `tc`. What a link adds to the pass in one part on the free device is what there is to hide.
 
-usage: python -m bench.overlap [--links free,1gbit,500mbit] [--parts 1,2,4] [--rounds N] [--json FILE]
+usage: python -m bench.overlap [--links 2gbit,1gbit,500mbit] [--parts 1,2,4] [--rounds N] [--json FILE]
 """
 
 import argparse

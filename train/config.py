@@ -633,10 +633,9 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     """Returns "; did you mean X?" for the candidate most like a word, or nothing."""
     candidates = list(candidates)
     match = [name for name in candidates if name.rpartition(".")[2] == word.rpartition(".")[2]]  # in another section
-    begun = [name for name in candidates if name.startswith(word)]
-    match = (
-        match[:1] or (begun if len(begun) == 1 else []) or difflib.get_close_matches(word, candidates, n=1, cutoff=0.65)
-    )
+    if not match:
+        begun = [name for name in candidates if name.startswith(word)]
+        match = begun if len(begun) == 1 else difflib.get_close_matches(word, candidates, n=1, cutoff=0.65)
     return f"; did you mean {match[0]}?" if match else ""
 
 

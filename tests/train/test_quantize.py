@@ -245,11 +245,15 @@ def test_a_machine_without_bitsandbytes_ends_with_code_6_before_any_data_is_read
     assert not (tmp_path / "run").exists()
 
 
-def test_bitsandbytes_note_on_a_kernel_that_nothing_uses_is_not_shown_and_others_are(caplog):
+SAID_IN = {"DeepSpeed": "deepspeed.runtime.engine"}  # by a logger that is named otherwise
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_librarys_note_that_says_nothing_is_not_shown_and_others_are(name, caplog, monkeypatch):
     quiet_libraries()
-    name, note = next(iter(NOTES.items()))
-    code = inspect.getsource(importlib.import_module(name))
-    assert f'"{note}' in code, "bitsandbytes says it otherwise now, or no more"
+    note, code = NOTES[name], inspect.getsource(importlib.import_module(SAID_IN.get(name, name)))
+    assert f'"{note}' in code, f"{name} says it otherwise now, or no more"
+    monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     logger = logging.getLogger(name)
     logger.warning(f"{note} from kernels-community: %s", "why")
     logger.warning("something else")

@@ -42,3 +42,18 @@ def test_a_layer_keeps_little_but_its_input():
     rows = 4 * 32
     assert saved_by_a_layer > 4 * rows * (32 + 2 * 2 * 32)  # tokens, and gate and up of two experts, in fp32
     assert recomputed < 0.4 * plain
+
+
+def test_a_layer_is_computed_to_its_end_again_only_where_rows_travel_beside_it():
+    """What it sent in parts is all awaited then; without overlap nothing is computed that nobody wants."""
+    for degree, ends in ((1, 1), (2, 2)):
+        words = ["train.recompute=layers", "parallel.expert=2", "parallel.zero=1", f"parallel.overlap_degree={degree}"]
+        config = compose([*SMALL, *words]).config
+        model = trainable_model(config, shape := model_config(config.model, None)).train()
+        for _ in fill(model, initial_weights(shape, 0, range(8)), torch.float32):
+            pass
+        ended = []
+        model.model.layers[0].mlp.register_forward_hook(lambda *_, ended=ended: ended.append(1))
+        ids = torch.randint(320, (2, 16))
+        model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss.backward()
+        assert len(ended) == ends

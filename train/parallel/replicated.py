@@ -63,8 +63,9 @@ class ReplicatedEngine(Engine):
         local = not last or self._masters is not None  # the masters' gradients are averaged in fp32, by `step`
         with self.accelerator.no_sync(self.model) if local else contextlib.nullcontext():
             self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
-        alone = last and self.world_size == 1
-        if self._masters is not None and not (alone and not self._masters.has_collected):
+        if self._masters is None:
+            return
+        if not last or self.world_size > 1 or self._masters.has_collected:  # or this was the only pass
             self._masters.collect_gradients()
             if last and self.world_size > 1:
                 gradients = self._gradients()
