@@ -52,7 +52,7 @@ def functions(limit: int) -> Iterator[dict[str, Any]]:
 def ours(path: Path, length: int) -> tuple[int, int]:
     """Prepares the rows; returns the tokens in them and how many there are."""
     from train.compose import compose
-    from train.data.loader import open_documents, pack
+    from train.data.build import open_documents, pack
     from train.data.tokenizer import open_tokenizer
 
     words = [

@@ -16,7 +16,8 @@ from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.preemption import Preemption
 from train.config import Config
 from train.data.labelled import AnyBatch
-from train.data.loader import Data, Prefetch
+from train.data.loader import Data
+from train.data.prefetch import Prefetch
 from train.data.share import Share
 from train.drift import Drift
 from train.errors import NumericsError, Preempted

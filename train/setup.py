@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from train.checkpoint.changes import allowed_changes, described
 from train.compose import Composed
 from train.config import PROBLEMS, Config
-from train.data.loader import Data, open_documents, pack
+from train.data.build import open_documents, pack
+from train.data.loader import Data
 from train.data.share import Share
 from train.data.templates import Encoder
 from train.data.tokenizer import give_padding, open_tokenizer

@@ -14,7 +14,7 @@ from tests.train.test_labelled import labelled
 from train.cli import main
 from train.compose import compose
 from train.config import check_training, routing_can_move
-from train.data.loader import open_documents, pack
+from train.data.build import open_documents, pack
 from train.data.share import Share, evenly
 from train.data.tokenizer import open_tokenizer
 from train.drift import Routed, agreement

@@ -9,8 +9,8 @@ from pyarrow import parquet
 
 from tests.train.helpers import read_json, run_small
 from train.config import DataConfig, SourceConfig
+from train.data.build import open_documents
 from train.data.formats import as_row, texts_of
-from train.data.loader import open_documents
 from train.data.sources import load_documents, problems_of
 from train.errors import DataError
 

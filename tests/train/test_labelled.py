@@ -16,8 +16,8 @@ from tests.conftest import SIZES
 from tests.train.helpers import SMALL, metrics, read_json, run_small
 from train.cli import main
 from train.config import DataConfig, SourceConfig
+from train.data.build import open_documents
 from train.data.labelled import WINDOW, LabelledBatch, LabelledRows, Labels, labels_of
-from train.data.loader import open_documents
 from train.data.share import Share
 from train.data.tokenized import ENCODED
 from train.evaluate.classifier import ClassifierSums

@@ -11,8 +11,8 @@ import torch
 from tests.train.helpers import metrics, read_json, run_small
 from tests.train.test_labelled import labelled, write
 from train.config import Config, DataConfig, SourceConfig
+from train.data.build import open_documents, pack
 from train.data.labelled import WINDOW
-from train.data.loader import open_documents, pack
 from train.data.share import Share
 from train.data.tokenizer import open_tokenizer
 from train.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ from datasets import disable_progress_bars
 from tests.train.helpers import write_corpus
 from tests.train.test_sources import first_batch_of
 from train.config import Config, SourceConfig
-from train.data.loader import open_documents, pack
+from train.data.build import open_documents, pack
 from train.data.share import Share
 from train.data.sources import load_documents
 from train.data.templates import Encoder

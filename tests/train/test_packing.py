@@ -9,8 +9,9 @@ from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.loader import Data, Prefetch, _steps_of_stream
+from train.data.loader import Data, _steps_of_stream
 from train.data.packing import PackedRows, TokenTable, make_row, pack_stream, stack
+from train.data.prefetch import Prefetch
 from train.data.share import Share
 from train.errors import DataError
 

@@ -2,7 +2,8 @@
 
 from mixtral.weights.read import WeightFolder
 from train.config import PROBLEMS, Config
-from train.data.loader import Data, open_documents, pack
+from train.data.build import open_documents, pack
+from train.data.loader import Data
 from train.data.tokenizer import give_padding, open_tokenizer
 from train.errors import CheckpointError
 from train.evaluate.held_out import evaluate

@@ -67,7 +67,7 @@ def _inspect(config: Config, folder: "RunFolder") -> str:
     Raises:
         DataError: for bad rows, once they are listed, unless they are to be left out.
     """
-    from train.data.loader import pack
+    from train.data.build import pack
     from train.data.sources import is_tolerated
     from train.data.tokenizer import open_tokenizer
     from train.observe.plots import draw_lengths
@@ -98,8 +98,8 @@ def _open(config: Config) -> "tuple[Dataset, Dataset]":
     """Opens all documents, or the first ones of a stream."""
     from datasets import Dataset
 
+    from train.data.build import open_documents
     from train.data.labelled import labels_of_stream
-    from train.data.loader import open_documents
     from train.data.sources import FEATURES
 
     training, held_out = open_documents(config.data)
