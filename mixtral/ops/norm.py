@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,7 +26,12 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Equals `reference`; backward needs the input, and the scale of each row; it can be differentiated once."""
+    """Equals `reference`; backward needs the input, and the scale of each row; it can be differentiated once.
+
+    On a GPU it is one kernel of torch's, which rounds once, after the weight, and else eight.
+    """
+    if x.is_cuda and x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
     if not torch.is_grad_enabled():
         return reference(x, weight, eps)
     out: Tensor = _RmsNorm.apply(x, weight, eps)

@@ -1,6 +1,7 @@
 """Every fast op against its reference, with gradients, in fp64."""
 
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn.functional import silu
 from mixtral.ops import attention, cross_entropy, experts, linear, norm, tiled, windowed
 from mixtral.ops.permute import gather_rows, place_of, sort_rows, spread_rows, weigh_rows
 from mixtral.ops.rope import apply_rope
+from tests.mixtral.test_block import Counted
 
 EXPERTS, HIDDEN, INNER = 4, 6, 5
 
@@ -291,6 +293,47 @@ def test_the_norm_of_bf16_is_its_reference_s_and_its_gradients_are_nearer_to_fp6
         assert torch.equal(out, norm.reference(x, weight, 1e-5))
     for mine, other in zip(*errors, strict=True):
         assert mine <= 1.05 * other
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (7, 6), (2, 5, 6)], ids=str)
+def test_the_norm_that_gpus_take_from_torch_is_the_reference(shape):
+    x, weight = leaf(*shape), leaf(6)
+    outputs = [op(x, weight) for op in (gpu_norm, lambda x, weight: norm.reference(x, weight, 1e-3))]
+    assert torch.allclose(*outputs, rtol=1e-12, atol=1e-14)
+    upstream = torch.randn_like(outputs[0])
+    for mine, other in zip(*(torch.autograd.grad(out, (x, weight), upstream) for out in outputs), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-11, atol=1e-13)
+
+
+def gpu_norm(x, weight):
+    """`rms_norm` of tensors that say that they are on a GPU."""
+    with mock.patch.object(torch.Tensor, "is_cuda", new=True):
+        return norm.rms_norm(x, weight, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("trained", [1, 2], ids=["input", "both"])
+def test_on_a_gpu_the_norm_is_one_kernel_and_keeps_its_input_and_a_number_a_row(dtype, bound, trained):
+    x, weight = (
+        torch.randn(2, 500, 4096, device="cuda", dtype=dtype),
+        torch.rand(4096, device="cuda", dtype=dtype) + 0.5,
+    )
+    inputs = [x, weight][:trained]
+    exact = [tensor.double().requires_grad_(tensor is not weight or trained == 2) for tensor in (x, weight)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    upstream = torch.randn_like(x)
+    with kept_tensors() as kept, Counted() as counted:
+        out = norm.rms_norm(x, weight, 1e-5)
+    assert counted.names == {"_fused_rms_norm": 1}
+    assert sorted(tensor.numel() for tensor in kept) == [1000, 4096, x.numel()]
+    expected = norm.reference(*exact, 1e-5)
+    found = [out, *torch.autograd.grad(out, inputs, upstream)]
+    true = [expected, *torch.autograd.grad(expected, exact[:trained], upstream.double())]
+    for mine, one in zip(found, true, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - one).norm() <= bound * one.norm()
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
