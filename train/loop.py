@@ -224,11 +224,12 @@ def accumulate(
     size = step_size(engine, micro_batches)
     done: list[Parts] = []
     for index, batch in enumerate(micro_batches):
-        batch = engine.place(batch)
-        output = predict(engine.model, batch, size.trained_tokens, routing=True)
-        base_logits = drift.base_logits() if drift else None
-        parts = objective_parts(output, batch, size, engine.sum, coefficients, load_LE, base_logits)
-        engine.backward(parts.loss(coefficients), last=index == len(micro_batches) - 1)
+        batch, last = engine.place(batch), index == len(micro_batches) - 1
+        with engine.one_pass(last=last):
+            output = predict(engine.model, batch, size.trained_tokens, routing=True)
+            base_logits = drift.base_logits() if drift else None
+            parts = objective_parts(output, batch, size, engine.sum, coefficients, load_LE, base_logits)
+            engine.backward(parts.loss(coefficients), last=last)
         done.append(parts.detached())
     return done, size
 

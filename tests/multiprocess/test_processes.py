@@ -68,6 +68,14 @@ def test_gradients_do_not_depend_on_processes_or_accumulation(run):
         assert metrics(split)[-1]["grad_norm"] == pytest.approx(metrics(whole)[-1]["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_are_averaged_once_a_step_and_in_fp32(precision):
+    """Before the last pass a process has its own alone: each pass would be sent else, and what is not finite spread."""
+    done = launch_ranks(2, "tests.multiprocess.passes_worker", precision, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "held"
+
+
 def test_bf16_keeps_the_processes_together(run):
     words = ["train.precision=bf16", "train.max_steps=10", "train.gradient_accumulation_steps=2"]
     two = run("bf16-two", 2, *words, "train.micro_batch_size=2")

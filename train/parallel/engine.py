@@ -1,5 +1,6 @@
 """The processes of a run: how they meet, add up figures, and share one model through accelerate."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -106,6 +107,10 @@ class Engine(ABC):
         """Lets go of the model, so that another one has its memory."""
         for name in ("module", "model"):
             self.__dict__.pop(name, None)
+
+    def one_pass(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Must be around a pass forward and its `backward`; `last` as there."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -1,4 +1,4 @@
-"""Every process holds the whole model: gradients are averaged by DistributedDataParallel, through accelerate."""
+"""Every process holds the whole model: gradients are averaged by DistributedDataParallel, or in bf16 by the step."""
 
 import contextlib
 from collections.abc import Collection, Iterator
@@ -57,12 +57,14 @@ class ReplicatedEngine(Engine):
             world_size=self.world_size,
         )
         self.module = model
-        self.model = self.accelerator.prepare_model(model)
+        self.model = self.accelerator.prepare_model(model) if self._masters is None else model
+
+    def one_pass(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        # DistributedDataParallel decides before a pass forward whether its gradients are averaged
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        local = not last or self._masters is not None  # the masters' gradients are averaged in fp32, by `step`
-        with self.accelerator.no_sync(self.model) if local else contextlib.nullcontext():
-            self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
+        self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
         if self._masters is None:
             return
         if not last or self.world_size > 1 or self._masters.has_collected:  # or this was the only pass

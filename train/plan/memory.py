@@ -199,7 +199,7 @@ def _step(layout: Layout) -> dict[str, Blocks]:
         largest = max(map(layout.here, layout.trained), default=0)
         copies = Blocks.of([FP32 * min(layout.trained_here, PART + largest)])
     elif layout.zero == 0:
-        gradients = _gradients(layout, FP32, layout.trained) + (gradients if layout.processes > 1 else Blocks())
+        gradients = _gradients(layout, FP32, layout.trained)
     elif layout.zero < 3 and layout.bytes == FP32:
         gradients, copies = Blocks.of([FP32 * layout.touched]), Blocks.of([FP32 * max(owned, default=0.0)])
     elif layout.zero == 2:
@@ -225,9 +225,9 @@ def _held(layout: Layout) -> Blocks:
     b = layout.bytes
     accumulates = layout.config.train.gradient_accumulation_steps > 1
     if layout.zero == 0:
-        buckets = b * layout.trained_here if layout.processes > 1 else 0  # DistributedDataParallel's
-        sums = accumulates and (b < FP32 or not buckets)
-        return Blocks(buckets) + (_gradients(layout, FP32, layout.trained) if sums else Blocks())
+        if layout.processes > 1 and b == FP32:  # DistributedDataParallel's buckets
+            return Blocks(FP32 * layout.trained_here)
+        return _gradients(layout, FP32, layout.trained) if accumulates else Blocks()
     if layout.zero == 1 and b < FP32:  # BF16_Optimizer: accumulators of all, and gradients that are never let go of
         return Blocks((FP32 + b) * layout.trained_here)
     if layout.zero == 1:

@@ -206,8 +206,8 @@ def gradients(layout: Layout, device: Device) -> float:
     """Seconds of a step in which gradients are copied within a process, each copy being read and written.
 
     DeepSpeed copies them into its bucket, divides that, and takes it into pieces to be summed; then it copies what a
-    process owns out of it, twice, and takes its norm in fp64. DistributedDataParallel copies them into buckets once.
-    Those of the parts that `parallel.overlap_degree` makes are added up before.
+    process owns out of it, twice, and takes its norm in fp64. DistributedDataParallel copies them into buckets once,
+    and `MasterWeights` to fp32. Those of the parts that `parallel.overlap_degree` makes are added up before.
     """
     passes, several = layout.config.train.gradient_accumulation_steps, layout.processes > 1
     parts = layout.config.parallel.overlap_degree
