@@ -23,7 +23,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def register() -> None:
-    """Makes our backends known by their names; where a cache holds keys they are SDPA, whose mask they then take."""
+    """Makes our backends known by their names; given SDPA's mask, as where a cache holds keys, they are SDPA."""
     for name, forward in ((WINDOWED, windowed_forward), (TILED, tiled_forward)):
         AttentionInterface.register(name, forward)
         AttentionMaskInterface.register(name, sdpa_mask)
@@ -94,10 +94,12 @@ def prepare(
     ready = attention_mask is not None and attention_mask.dim() == 4
     if config._attn_implementation in (WINDOWED, TILED) and holds_nothing(cache) and not ready:
         documents_BS = _documents(hidden_BSH, attention_mask, position_ids)
-        if config._attn_implementation == TILED:
-            return spans(documents_BS), {}
-        assert config.sliding_window is not None
-        return block_mask(documents_BS, config.sliding_window, hidden_BSH.dtype), {}
+        if config._attn_implementation == WINDOWED:
+            assert config.sliding_window is not None
+            return block_mask(documents_BS, config.sliding_window, hidden_BSH.dtype), {}
+        found = spans(documents_BS)
+        if found is not None:
+            return found, {}
     make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
     mask = make_mask(
         config=config,

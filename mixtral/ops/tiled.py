@@ -25,11 +25,17 @@ Spans = tuple[tuple[tuple[int, int], ...], ...]
 
 
 @torch.compiler.disable
-def spans(documents_BS: Tensor) -> Spans:
-    """Says where the documents of each row begin and end; padding, whose number is negative, is none."""
+def spans(documents_BS: Tensor) -> Spans | None:
+    """Says where the documents of each row begin and end; padding, whose number is negative, is none.
+
+    Returns None where a document goes on after a gap, which no span says.
+    """
     rows = []
     for row in documents_BS:
         numbers, lengths = row.unique_consecutive(return_counts=True)
+        found = numbers[numbers >= 0]
+        if len(found.unique()) < len(found):
+            return None
         stops = lengths.cumsum(dim=0)
         borders = zip(numbers.tolist(), (stops - lengths).tolist(), stops.tolist(), strict=True)
         rows.append(tuple((start, stop) for number, start, stop in borders if number >= 0))

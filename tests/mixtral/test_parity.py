@@ -33,10 +33,17 @@ def right_padding():
     return mask
 
 
+def padding_within():
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, 9:12] = 0
+    return mask
+
+
 INPUTS = {
     "ids": dict,
     "left padding": lambda: {"attention_mask": left_padding()},
     "right padding": lambda: {"attention_mask": right_padding()},
+    "padding within": lambda: {"attention_mask": padding_within()},
     "own positions": lambda: {"position_ids": torch.arange(3, 27).unsqueeze(0)},
     "packed documents": lambda: {"position_ids": torch.cat([torch.arange(9), torch.arange(15)]).expand(2, -1)},
 }
