@@ -5,7 +5,6 @@ Reads go through `readinto` and not through a memory map, whose pages would coun
 
 import json
 import math
-import pickle
 import re
 import zipfile
 from bisect import bisect_right
@@ -219,14 +218,20 @@ def pickle_header(path: Path) -> dict[str, Stored]:
         WeightsError: for code, a damaged or compressed archive, or tensors that are not row-major.
     """
     try:
-        with FakeTensorMode():  # tensors without data, which know their place in the file
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        with zipfile.ZipFile(path) as archive:
-            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, ValueError, EOFError) as error:
+        return _pickled(path)
+    except (WeightsError, OSError):
+        raise
+    except Exception as error:  # a damaged one makes torch and zipfile raise what it likes
         code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own words advise to run it
         reason = f"it asks for {code[1]}" if code else "it is damaged, or of the format before PyTorch 1.6"
         raise WeightsError(f"{path} cannot be read as plain tensors, and nothing in it was run: {reason}") from None
+
+
+def _pickled(path: Path) -> dict[str, Stored]:
+    with FakeTensorMode():  # tensors without data, which know their place in the file
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with zipfile.ZipFile(path) as archive:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
     starts = [record.header_offset for record in records]
@@ -242,7 +247,8 @@ def pickle_header(path: Path) -> dict[str, Stored]:
             )
         storage = tensor.untyped_storage()
         start = storage._checkpoint_offset
-        assert start is not None
+        if start is None or tensor.is_neg():
+            raise WeightsError(f"tensor {name} in {path} holds no numbers, or their opposites, expected those it is of")
         record = records[bisect_right(starts, start) - 1]
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != storage.nbytes():
             raise WeightsError(f"tensor {name} in {path}: its record is damaged or compressed")

@@ -1,6 +1,7 @@
 """Streamed reading: what is asked for, nothing else, and each malformed file with its one error."""
 
 import json
+import random
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mixtral import MixtralConfig, MixtralForCausalLM, MixtralForSequenceClassification, MixtralModel
 from mixtral.weights import WeightsError, load, names, read
+from mixtral.weights.files import pickle_header
 from tests.conftest import SIZES
 
 
@@ -330,9 +332,19 @@ def shortened_record(path):
             archive.writestr(record, content[:100] if "/data/" in record else content)
 
 
+def on_no_device(path):
+    torch.save({"a": torch.zeros(3, device="meta")}, path)
+
+
+def negated(path):
+    torch.save({"a": torch.zeros(3, dtype=torch.complex64).conj().imag}, path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (on_no_device, "tensor a in .* holds no numbers"),
+        (negated, "tensor a in .* or their opposites|contiguous"),
         (cut_short, "cannot be read as plain tensors.*: it is damaged"),
         (not_a_dictionary, "holds a list, expected a dictionary of tensors"),
         (not_a_tensor, "'a' is a str, expected a tensor"),
@@ -346,6 +358,23 @@ def test_a_damaged_pickle_is_refused(single, damage, message):
     pickled(single)
     damage(single / "pytorch_model.bin")
     refused(single, message, file="pytorch_model.bin")
+
+
+def test_a_pickle_with_any_bit_flipped_is_read_or_refused(single):
+    pickled(single)
+    path, chance = single / "pytorch_model.bin", random.Random(0)
+    whole = path.read_bytes()
+    (description,) = [record for record in zipfile.ZipFile(path).infolist() if record.filename.endswith("data.pkl")]
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[description.header_offset + chance.randrange(description.file_size)] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            pickle_header(path)
+        except WeightsError:
+            refused += 1
+    assert refused > 100
 
 
 @pytest.mark.parametrize(
