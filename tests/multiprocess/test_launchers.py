@@ -106,6 +106,7 @@ def test_the_slurm_script_has_one_command_for_each_node():
         ({"RANK": "2", "WORLD_SIZE": "2"}, "parallel.expert=2", 6, "RANK=2 is not below WORLD_SIZE=2"),
         ({"WORLD_SIZE": "two"}, "parallel.expert=2", 6, "WORLD_SIZE='two' is not a number"),
         ({"WORLD_SIZE": "2", "MASTER_PORT": ""}, "parallel.expert=2", 6, "MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "parallel.expert=2", 6, "MASTER_PORT=70000 is no port"),
         ({"GLOO_SOCKET_IFNAME": "nosuch0"}, "parallel.expert=1", 6, "no network interface nosuch0; expected one of lo"),
         ({"NCCL_SOCKET_IFNAME": "=l"}, "parallel.expert=1", 6, "NCCL_SOCKET_IFNAME==l"),
     ],

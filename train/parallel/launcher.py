@@ -95,6 +95,8 @@ def _check_variables() -> None:
     for name, value in number.items():
         if not value.isdecimal():
             raise MachineError(f"{name}={value!r} is not a number: a launcher sets it")
+    if int(number.get("MASTER_PORT", "0")) >= 2**16:
+        raise MachineError(f"MASTER_PORT={number['MASTER_PORT']} is no port: it must be below {2**16}")
     for name in TASKS:
         if "WORLD_SIZE" not in os.environ and int(os.environ.get(name, "1")) > 1:
             raise MachineError(
