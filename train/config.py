@@ -298,7 +298,7 @@ class TrainConfig:
     hang_seconds: float | None = key(
         1800.0,
         "of several processes, how long none of them may get on in training (no forward pass, collective or part of a "
-        "file) before they end with code 6 and name the one that hangs; null leaves it to the collectives' two hours",
+        "file) before they end with code 6 and name the one that hangs; null sets no limit",
         above=0,
     )
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from train.errors import MachineError
 from train.parallel.launcher import hosts_the_meeting, interfaces, listen, meeting_place, number_of_processes
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # one process may tokenize a corpus while the others wait
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=20)  # others wait while one reads a corpus; hangs are the watchdog's
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 
