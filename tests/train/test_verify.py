@@ -33,6 +33,27 @@ def test_of_a_classifier_the_decoder_is_proved_under_a_language_models_head(tmp_
     assert not any("score" in name for name in names)
 
 
+def test_as_many_layers_are_kept_as_the_chosen_weights_need(tmp_path):
+    words = [
+        "verify",
+        "recipe=demo",
+        "train.precision=fp32",
+        f"run.dir={tmp_path / 'run'}",
+        "model.num_hidden_layers=4",
+    ]
+    assert main([*words, "train.only=model.layers.2.*"]) == 0
+    certificate = read_json(tmp_path / "run" / "certificate.json")
+    assert "layers.2." in str(certificate)
+    assert "layers.3." not in str(certificate)
+    assert "the routers' drift" in certificate["left_out"]
+
+
+def test_where_nothing_has_a_gradient_nothing_is_compared(tmp_path, capsys):
+    words = ["train.only=router", "model.num_experts_per_tok=1", "model.router_aux_loss_coef=0"]
+    assert main(["verify", "recipe=demo", f"run.dir={tmp_path / 'run'}", *words]) == 2
+    assert "nothing to compare: what is trained, router, has no gradient" in capsys.readouterr().err
+
+
 def test_what_never_came_is_out_of_bounds():
     expected = {STACKED: torch.ones(4, 2, 3).double(), "model.norm.weight": torch.ones(3).double()}
     comparison = Comparison()

@@ -1,11 +1,12 @@
 """`cierzo verify`: does this layout train what one process would? Two SGD steps, compared tensor by tensor."""
 
+import contextlib
 import copy
 import itertools
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from mixtral import MixtralConfig
 from mixtral.losses import load_balancing_loss
 from mixtral.weights.names import is_stacked, trained_parameters
 from mixtral.weights.write import new_folder
-from train.config import Config
+from train.config import Config, trained_names
 from train.data.packing import Batch
-from train.errors import NumericsError
+from train.errors import ConfigError, NumericsError
 from train.export import exported_pieces, write_pieces
 from train.folder import RunFolder
 from train.loop import accumulate, step_size
@@ -45,6 +46,7 @@ BOUND_FROZEN = 1e-12  # a single bit is more
 ADAPTER = "adapter_model.safetensors"
 LEAST_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # of routers' logits: what lies closer, rounding may decide
 ATTEMPTS = 20
+NO_GRADIENT = 1e-12  # norm of what is zero but for the rounding of fp64
 
 
 def shrink(config: Config) -> None:
@@ -65,9 +67,20 @@ def shrink(config: Config) -> None:
     config.parallel.persistent_elements = 0  # a small model's weights come and go as a large one's do
     model.hidden_size = max(64, -(-model.num_local_experts // 8) * 8)  # a feature for each expert
     model.intermediate_size, model.head_dim = 48, None
-    model.num_hidden_layers, model.vocab_size = min(model.num_hidden_layers, 2), 128
+    model.num_hidden_layers, model.vocab_size = _fewest_layers(config), 128
     config.data.sequence_length, config.train.micro_batch_size = 48, min(config.train.micro_batch_size, 2)
     model.sliding_window = None if model.sliding_window is None else 8
+
+
+def _fewest_layers(config: Config) -> int:
+    """Two, or as many more as `train.only` needs for each of its words to choose something."""
+    most = config.model.num_hidden_layers
+    for layers in range(min(most, 2), most):
+        smaller = replace(config, model=replace(config.model, num_hidden_layers=layers))
+        with contextlib.suppress(ConfigError):
+            trained_names(smaller)
+            return layers
+    return most
 
 
 class Verification:
@@ -104,6 +117,8 @@ class Verification:
         for seed in range(first, first + ATTEMPTS):
             batches = make_batches(self._config, self._engine.world_size, seed)
             self._start, self._expected = expected_steps(self._config, self._model, batches, self._engine.dtype, seed)
+            if max(step.grad_norm for step in self._expected) < NO_GRADIENT:
+                raise ConfigError(f"nothing to compare: what is trained, {_trained(self._config)}, has no gradient")
             gap = min(step.gap for step in self._expected)
             if gap >= least:
                 return seed
@@ -144,8 +159,8 @@ class Verification:
             "recompute": self._config.train.recompute,
             "offloaded": " and ".join(offloaded) or "nothing",
             "objective": f"{terms.scope}, router_aux_loss_coef {terms.router_loss:g}, z {terms.router_z_loss:g}",
-            "left_out": "dropout, jitter, router bias, dropped rows, the optimizer's moments, given weights, "
-            "a classifier's head",
+            "left_out": "dropout, jitter, router bias, the routers' drift, dropped rows, the optimizer's moments, "
+            "given weights, a classifier's head",
             "model": "full" if self._config.verify.full else "shrunk",
             "trained": _trained(self._config),
             "attention": str(self._model._attn_implementation),
