@@ -52,13 +52,21 @@ def _inherit_labels(data: DataConfig, described: dict[str, Any]) -> None:
     problem = PROBLEMS.get(data.format)
     named = described.get("id2label") or {}
     theirs = [str(named[number]) for number in sorted(named, key=int)]
-    if problem is None or described.get("problem_type") != problem or problem == "regression":
+    if problem in (None, "regression") or described.get("problem_type", problem) not in (problem, None):
         return
-    if data.labels and data.labels != theirs and theirs != [f"LABEL_{number}" for number in range(len(data.labels))]:
+    is_named = theirs != [f"LABEL_{number}" for number in range(len(theirs))]
+    if not described.get("problem_type") and not (is_named and _is_classifier(described)):
+        return
+    if data.labels and data.labels != theirs and (is_named or len(theirs) != len(data.labels)):
         raise ConfigError(
             f"data.labels={data.labels}, but the classifier to go on from has {theirs}: leave the key out"
         )
     data.labels = data.labels or theirs
+
+
+def _is_classifier(described: dict[str, Any]) -> bool:
+    """Whether a `config.json` is a classifier's, which need not say of which kind."""
+    return any(str(name).endswith("ForSequenceClassification") for name in described.get("architectures") or [])
 
 
 def inherit_adapter_labels(config: Config) -> None:

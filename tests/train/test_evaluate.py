@@ -243,6 +243,12 @@ def test_a_classifier_and_its_adapter_are_evaluated_with_their_labels(tmp_path, 
         (found,) = read_json(run / "evaluation.json")["models"].values()
         last = metrics(tmp_path / name)[-1]
         assert found == {figure: pytest.approx(last[figure], abs=1e-6) for figure in last if "eval_" in figure}
+    described = read_json(tmp_path / "whole" / "export" / "config.json")
+    del described["problem_type"]  # which transformers writes of models that were given labels alone
+    (tmp_path / "whole" / "export" / "config.json").write_text(json.dumps(described))
+    assert evaluate(tmp_path / "run-silent", *asked, f"model.init_from={tmp_path / 'whole' / 'export'}") == 0
+    silent, whole = (read_json(tmp_path / f"run-{name}" / "evaluation.json")["models"] for name in ("silent", "whole"))
+    assert [*silent.values()] == [*whole.values()]
     capsys.readouterr()
     assert evaluate(tmp_path / "run", *asked, base) == 4
     assert "holds no classifier" in capsys.readouterr().err
