@@ -113,10 +113,11 @@ def inherit_adapter(lora: LoraConfig, explicit: Collection[str], *, classifier: 
                 f"lora.{name}={mine}, but lora.init_from={source} has {getattr(theirs, name)}: leave the key out"
             )
     mine = dataclasses.replace(theirs, alpha=lora.alpha, rslora=lora.rslora)
-    if "lora.alpha" in explicit and not math.isclose(scale_of(mine), scale):
+    is_scaled = "lora.alpha" in explicit or ("lora.rslora" in explicit and lora.rslora)
+    if is_scaled and not math.isclose(scale_of(mine), scale):
         raise ConfigError(
-            f"lora.alpha={lora.alpha} scales adapters by {scale_of(mine):g}, but lora.init_from={source} has "
-            f"{scale:g}: leave the key out"
+            f"lora.alpha={lora.alpha}{' with lora.rslora' * lora.rslora} scales adapters by {scale_of(mine):g}, but "
+            f"lora.init_from={source} has {scale:g}: leave the key{'s' * lora.rslora} out"
         )
     for name in ("rank", "alpha", "rslora", "dora", "targets", "experts"):
         setattr(lora, name, getattr(theirs, name))
@@ -127,7 +128,16 @@ def scale_of(lora: LoraConfig) -> float:
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
-UNSUPPORTED = ("rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias", "fan_in_fan_out")
+READ = {
+    *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "bias"),
+    *("use_rslora", "use_dora", "modules_to_save", "init_lora_weights"),
+}
+MEANINGLESS = {  # for what a finished adapter adds
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "peft_version"),
+    *("revision", "runtime_config", "megatron_config", "megatron_core", "qalora_group_size", "eva_config"),
+}
+PLAIN_STARTS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal")
+"""What `init_lora_weights` may be; PEFT changes the weights that are adapted by the others, whenever it reads one."""
 
 
 def _read_adapter(source: str, *, classifier: bool) -> LoraConfig:
@@ -149,13 +159,15 @@ def _read_adapter(source: str, *, classifier: bool) -> LoraConfig:
             f"lora.init_from={source} is a classifier's adapter: give its data.format, {', '.join(PROBLEMS)}, or name "
             "an adapter of a language model"
         )
-    unsupported = [name for name in UNSUPPORTED if described.get(name)]
+    unsupported = [name for name, value in described.items() if value and name not in READ | MEANINGLESS]
     if described.get("modules_to_save") not in (None, [], ["score"]):  # a classifier's head
         unsupported.append("modules_to_save")
+    if described.get("init_lora_weights", True) not in PLAIN_STARTS:
+        unsupported.append(f"init_lora_weights={described['init_lora_weights']}")
     if described.get("peft_type") != "LORA" or described.get("bias", "none") != "none" or unsupported:
         raise CheckpointError(
             f"lora.init_from={source}: {path} describes {described.get('peft_type')} with "
-            f"{unsupported[0] if unsupported else 'bias'} set, expected plain LORA of one rank"
+            f"{unsupported[0] if unsupported else 'bias'} set, expected plain LORA of one rank on unchanged weights"
         )
     experts = {"w1", "w2", "w3"}, {"experts.gate_up_proj", "experts.down_proj"}
     targets = [name for name in TARGETS if name in modules or f"{name}.weight" in parameters]

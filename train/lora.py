@@ -230,8 +230,8 @@ def find_adapter(lora: LoraConfig, model: MixtralConfig) -> None:
         lora.init_from = str(download(lora.init_from, HUB_FILES, "lora.init_from"))
     source = open_adapter(lora, model)
     try:
-        for name in source.shapes:
-            source.tensor(name, [0])
+        for name, shape in source.shapes.items():
+            source.tensor(name, range(shape[0]) if names.is_stacked(name) else [])
     except WeightsError as error:
         raise CheckpointError(f"lora.init_from={lora.init_from}: {error}") from None
 

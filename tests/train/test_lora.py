@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mixtral import MixtralConfig, MixtralForCausalLM
 from mixtral.weights.adapters import Adapter, AdapterFolder, AdapterWriter, peft_config, shapes
@@ -15,8 +15,9 @@ from mixtral.weights.names import trained_parameters
 from tests.conftest import SIZES, skew_router
 from tests.train.helpers import read_json, run_small, write_corpus
 from train.config import Config, LoraConfig, trained_names
+from train.errors import CheckpointError
 from train.inherit import inherit_adapter
-from train.lora import adapt, adapter_of, initial_adapters, logits_by_layer
+from train.lora import adapt, adapter_of, find_adapter, initial_adapters, logits_by_layer
 from train.merge import main as export
 from train.model import empty_model
 from train.parallel.engine import fill
@@ -240,6 +241,9 @@ def test_what_cannot_be_trained_is_refused_by_name(tmp_path, capsys, words, mess
     assert re.search(message, capsys.readouterr().err)
 
 
+PLAIN = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj"]).to_dict()
+
+
 def describe(folder, **changes):
     folder.mkdir(exist_ok=True)
     fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "w1", "w2", "w3"]}
@@ -253,9 +257,15 @@ def describe(folder, **changes):
         ({}, ["lora.rank=8"], 2, "lora.rank=8, but lora.init_from=.* has 4"),
         ({}, ["lora.alpha=16"], 2, "lora.alpha=16.0 scales adapters by 4, but .* has 2"),
         ({"use_rslora": True}, ["lora.alpha=8"], 2, "scales adapters by 2, but .* has 4"),
+        ({}, ["lora.rslora=true"], 2, "with lora.rslora scales adapters by 16, but .* has 2: leave the keys out"),
         ({"target_modules": ["q_proj", "w1"]}, [], 4, "adapts w1, expected"),
         ({"target_modules": ["embed_tokens"]}, [], 4, "adapts embed_tokens, expected"),
         ({"rank_pattern": {"q_proj": 2}}, [], 4, "rank_pattern set, expected plain LORA"),
+        ({"init_lora_weights": "pissa_niter_4"}, [], 4, "init_lora_weights=pissa_niter_4 set.* on unchanged weights"),
+        ({"init_lora_weights": "olora"}, [], 4, "init_lora_weights=olora set"),
+        ({"alora_invocation_tokens": [5]}, [], 4, "alora_invocation_tokens set"),
+        ({"of_a_later_peft": 1}, [], 4, "of_a_later_peft set"),
+        (json.loads(json.dumps(PLAIN, default=sorted)), [], 4, "holds no adapter: expected adapter_model.safetensors"),
         ({"peft_type": "IA3"}, [], 4, "describes IA3"),
         ({"r": 0}, [], 4, "is no adapter's"),
         ({}, [], 4, "holds no adapter: expected adapter_model.safetensors"),
@@ -266,6 +276,19 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(given, tmp_path, capsys
     words = [f"model.init_from={given[0]}", f"data.path={given[1]}", f"lora.init_from={adapter}", *words]
     assert run_small(tmp_path / "run", *words) == code
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("case", [(EVERYWHERE, "portable")], indirect=True)
+def test_an_adapter_of_which_a_later_expert_has_two_as_is_refused_before_anything_is_filled(case):
+    base, adapter, _, folder = case
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if "layers.1." in name and "experts.5.w3.lora_A" in name]
+    lora = LoraConfig(rank=adapter.rank, targets=",".join(adapter.targets), init_from=str(folder))
+    find_adapter(lora, MixtralConfig.from_pretrained(base))
+    save_file(tensors | {name: tensors[name] + 1}, file)
+    with pytest.raises(CheckpointError, match=r"experts\.5\.w1\.lora_A.* differ, expected equal ones"):
+        find_adapter(lora, MixtralConfig.from_pretrained(base))
 
 
 def test_the_names_that_train_only_chooses_from_are_the_models_own():
