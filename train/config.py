@@ -907,9 +907,10 @@ def _check_trained(config: Config) -> None:
         "set parallel.zero to 2 or 3",
     )
     if lora.rank == 0:
-        given = [name for name in ("dora", "rslora", "dropout") if getattr(lora, name)]
-        given += ["quantize=nf4"] if lora.quantize == "nf4" else []
-        _refuse(bool(given), f"lora.{given[0] if given else ''} needs adapters: set lora.rank")
+        of_adapters = ("dora", "rslora", "dropout", "quantize", "targets", "alpha", "format")
+        given = [name for name in of_adapters if getattr(lora, name) != getattr(LoraConfig(), name)]
+        given = [f"lora.{name}={getattr(lora, name)}" for name in given]
+        _refuse(bool(given), f"{given[0] if given else ''} needs adapters: set lora.rank, or leave it out")
         return
     _refuse(
         lora.quantize == "nf4" and config.parallel.zero == 3,
