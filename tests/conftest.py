@@ -3,11 +3,16 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="cierzo-tests-")  # caches of the tests go with them
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+for ignored in (signal.SIGINT, signal.SIGHUP):  # by nohup, or a shell in the background, and in what tests start too
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.SIG_DFL)
 
 import pytest
 import torch

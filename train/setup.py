@@ -61,7 +61,8 @@ def _is_no_note(record: logging.LogRecord) -> bool:
 def signals_as_errors() -> Iterator[None]:
     """Raises `StopSignal` on the first SIGTERM, SIGINT or SIGHUP, so that files are closed and `exit.json` is written.
 
-    Others are ignored for a few seconds then: a launcher that was interrupted signals its processes once more.
+    Others are ignored for a few seconds then: a launcher that was interrupted signals its processes once more. What
+    `nohup`, or a shell of a script in the background, had ignored stays so.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -74,7 +75,8 @@ def signals_as_errors() -> Iterator[None]:
         raise StopSignal(f"stopped by {signal.Signals(number).name}{hint}", number)
 
     stopped: list[float] = []
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    numbers = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *numbers)}
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -17,9 +18,11 @@ from tests.train.helpers import PYTHON, SMALL, kill_group, metrics, read_json, r
 from tests.warm import launch_ranks
 from train.compose import compose
 from train.config import Config, TrainConfig
-from train.errors import NumericsError
+from train.errors import NumericsError, StopSignal
+from train.folder import RunFolder
 from train.model import empty_model
 from train.parallel.replicated import ReplicatedEngine
+from train.setup import signals_as_errors
 
 FIGURES = {
     "step", "tokens", "loss", "router_loss", "router_objective", "router_z_loss", "grad_norm", "lr",
@@ -314,6 +317,19 @@ def test_an_interrupted_run_has_its_pictures(living):
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT
     assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "expert_load.png", "router.png"}
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_nohup_or_a_script_had_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with signals_as_errors():
+            os.kill(os.getpid(), number)
+        signal.signal(number, signal.SIG_DFL)
+        with pytest.raises(StopSignal), signals_as_errors():
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
+
+
 
 
 @pytest.mark.slow
