@@ -108,7 +108,7 @@ def train(
     checkpoints.seed(config.run.seed + 1)  # dropout differs between processes
     prefetch = Prefetch(data.steps(share, checkpoints.step + rewind.left_out))
     with contextlib.closing(prefetch) as steps, Preemption(engine, enabled=checkpoints.enabled) as preemption:
-        ending = evaluate_first(checkpoints.step, observer, evaluations)
+        ending = evaluate_first(checkpoints.step, max_steps, observer, evaluations)
         for step in range(checkpoints.step + 1, max_steps + 1):
             if ending:
                 break
@@ -152,13 +152,19 @@ def next_batches(engine: Engine, steps: Iterator[T], step: int, *, limited: bool
     return micro_batches, waited
 
 
-def evaluate_first(step: int, observer: Observer, evaluations: Evaluations) -> bool:
-    """Evaluates what the run begins with, or the step it left to be evaluated; says whether it is over already."""
+def evaluate_first(step: int, max_steps: int, observer: Observer, evaluations: Evaluations) -> bool:
+    """Evaluates what the run begins with, or the step it left to be evaluated; says whether it is over already.
+
+    That is a step before which it was told to stop, or one that is its last only now.
+    """
     evaluations.engine.watchdog.enter("an evaluation", step)
     if step == 0:
         observer.log(0, evaluations.figures())
     elif observer.postponed:
         observer.log_postponed(evaluated := evaluations.figures())
+        evaluations.hear(step, evaluated)
+    elif step >= max_steps and observer.evaluated < step:
+        observer.log(step, evaluated := evaluations.figures())
         evaluations.hear(step, evaluated)
     return evaluations.are_over()
 

@@ -44,7 +44,7 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     check_and_find(engine, config)
     tokenizer, data = open_data(engine, folder, config)
     prompts = engine.on_main(lambda: open_prompts(config, tokenizer))
-    max_steps = number_of_steps(config, data, engine.world_size)
+    max_steps = number_of_steps(config, data, engine.world_size, checkpoints.step)
     model = trainable_model(config, model_config(config.model, tokenizer, data.labels))
     drift = begin(engine, model, checkpoints, config, data)
     if folder:

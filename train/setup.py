@@ -147,12 +147,27 @@ def open_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts 
     return prompts
 
 
-def number_of_steps(config: Config, data: Data, world_size: int) -> int:
-    """Gives `train.max_steps`, or the steps that `train.epochs` comes to, the last one filled with padding."""
+def number_of_steps(config: Config, data: Data, world_size: int, done: int) -> int:
+    """Gives `train.max_steps`, or the steps that `train.epochs` comes to, the last one filled with padding.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        world_size: of the run.
+        done: steps of the checkpoint that it goes on from.
+
+    Raises:
+        ConfigError: where that has more.
+    """
     if config.train.max_steps is not None:
         return config.train.max_steps
     assert data.rows is not None
-    return -(-len(data.rows) // Share.of(config.train, 0, world_size).rows_per_step)
+    steps = -(-len(data.rows) // Share.of(config.train, 0, world_size).rows_per_step)
+    if steps < done:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs:g} is {steps} steps, less than the checkpoint to go on from has, {done}"
+        )
+    return steps
 
 
 def _device_name(device: torch.device) -> str:

@@ -215,14 +215,15 @@ CHANGED = {
     "train.precision=bf16": "train.precision=fp32 -> bf16",
     "train.micro_batch_size=2": "with 4 rows a step, and this one has 2",
     "train.max_steps=7": "train.max_steps=7 is less than",
+    "train.max_steps=null train.epochs=0.1": " steps, less than the checkpoint to go on from has, 8",
 }
 
 
 @pytest.mark.parametrize("word", CHANGED)
 def test_a_run_of_other_settings_is_refused_by_its_keys(word, died, corpus, capsys):
-    (died / "summary.json").unlink()
-    before = {path: path.read_bytes() for path in died.rglob("*.*") if path.is_file()}
-    assert run_small(died, f"data.path={corpus}", *STEPS, word) == 2
+    (died / "exit.json").unlink(missing_ok=True)
+    before = contents(died)
+    assert run_small(died, f"data.path={corpus}", *STEPS, *word.split()) == 2
     assert CHANGED[word] in capsys.readouterr().err
     assert read_json(died / "exit.json")["code"] == 2
     if "less than" not in CHANGED[word] and "rows a step" not in CHANGED[word]:
@@ -308,6 +309,18 @@ def test_a_stream_of_which_a_checkpoint_says_nothing_goes_on(corpus, tmp_path):
     words = [f"data.path={corpus}", *STEPS, *STREAMED, f"run.dir={tmp_path / 'run'}"]
     assert run(["train.max_steps=8", *words], dies_at=5) == 99
     (newest,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    (tmp_path / "run" / "exit.json").unlink()
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_whose_last_step_is_one_it_did_not_evaluate_is_evaluated_there(died, corpus):
+    shutil.rmtree(died / "checkpoints" / "step-00000008")
+    assert run_small(died, f"data.path={corpus}", *STEPS, "train.max_steps=6") == 0
+    rows, summary = metrics(died), read_json(died / "summary.json")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 6]
+    assert summary["eval_loss"] == rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+    assert summary["best"]["step"] == 6
     plant(newest, "state.json", json.dumps(read_json(newest / "state.json") | {"data": None}).encode(), step=3)
     assert run(words) == 0
 

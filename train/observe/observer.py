@@ -45,6 +45,7 @@ class Observer:
         self._seconds = self._waited = 0.0
         self.last: dict[str, Any] = {}
         self.evaluations: list[float] = []
+        self.evaluated = 0
         self.postponed: tuple[int, dict[str, Any]] | None = None
 
     def count(self, tokens: int, *, seconds: float, waited: float) -> None:
@@ -86,6 +87,7 @@ class Observer:
         self.last |= row
         if "eval_loss" in row:
             self.evaluations.append(row["eval_loss"])
+            self.evaluated = step
         if self._metrics and self._progress:
             self._write(json.dumps(row, allow_nan=False) + "\n")
             self._progress.show(row)
@@ -127,12 +129,13 @@ class Observer:
 
     def state(self) -> dict[str, Any]:
         """Describes what the figures to come depend on."""
-        counted = {"steps": self._steps, "tokens": self._tokens}
+        counted = {"steps": self._steps, "tokens": self._tokens, "evaluated": self.evaluated}
         return counted | {"last": self.last, "evaluations": self.evaluations, "postponed": self.postponed}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up what `state` described."""
         self._steps, self._tokens = state["steps"], state["tokens"]
+        self.evaluated = state.get("evaluated", 0)
         self.last, self.evaluations = state["last"], state["evaluations"]
         self.postponed = tuple(state["postponed"]) if state["postponed"] else None
         if self._progress:
