@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -140,12 +140,27 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
-        for name in (
-            "exit.json",
-            "summary.json",
-            "certificate.json",
-        ):  # of an attempt before its first step, or a proof
-            (path / name).unlink(missing_ok=True)
+        (path / "exit.json").unlink(missing_ok=True)
+        self._waiting: list[Callable[[], object]] = []
+        self.once_accepted(self._remove_results)
+
+    def once_accepted(self, write: Callable[[], object]) -> None:
+        """Writes what replaces files of the run that was here, if any, once it is certain that this one goes on."""
+        if self.goes_on:
+            self._waiting.append(write)
+        else:
+            write()
+
+    def accept(self) -> None:
+        """Says that what was to be refused would have been: the run goes on."""
+        for write in self._waiting:
+            write()
+        self._waiting.clear()
+
+    def _remove_results(self) -> None:
+        """Removes those of an attempt before its first step, of a run that goes on, or of a proof."""
+        for name in ("summary.json", "certificate.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         """Takes the lock; that of a run that died is free, since the system released it."""
@@ -252,8 +267,11 @@ class RunFolder:
         (self.path / ".tracker_id").write_text(name, encoding="utf-8")
 
     def close(self, reason: str, code: int, message: str) -> None:
-        """Writes `exit.json` and gives the folder free."""
-        write_exit(self.path, reason, code, message)
+        """Writes `exit.json`, if the disk takes it, and gives the folder free."""
+        try:
+            write_exit(self.path, reason, code, message)
+        except OSError as error:
+            print(f"{self.path / 'exit.json'} cannot be written: {error.strerror}", file=sys.stderr)
         self._lock.close()
 
 

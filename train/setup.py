@@ -96,7 +96,7 @@ def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
         folder = RunFolder(Path(folder_name(composed)).expanduser().resolve(), composed.config)
         composed.config.run.dir = str(folder.path)
         _refuse_another(folder, composed.config)
-        folder.describe(composed, engine.world_size, _device_name(engine.device))
+        folder.once_accepted(lambda: folder.describe(composed, engine.world_size, _device_name(engine.device)))
         opened.append(folder)
         return str(folder.path)
 
@@ -128,7 +128,7 @@ def open_data(engine: Engine, folder: RunFolder | None, config: Config) -> tuple
     if source.format in PROBLEMS:
         give_padding(tokenizer)
     if folder:
-        tokenizer.save_pretrained(folder.path / "tokenizer")
+        folder.once_accepted(lambda: tokenizer.save_pretrained(folder.path / "tokenizer"))
     return tokenizer, engine.first_on_each_host(lambda: pack(training, held_out, tokenizer, config))
 
 

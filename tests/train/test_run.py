@@ -259,6 +259,16 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(finished, corpus, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_whose_exit_cannot_be_written_says_so_and_lets_its_folder_go(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    (tmp_path / ".exit.json.partial").mkdir()
+    folder.close("disk full", 6, "make room")
+    assert "exit.json cannot be written: Is a directory" in capsys.readouterr().err
+    (tmp_path / ".exit.json.partial").rmdir()
+    RunFolder(tmp_path).close("done", 0, "")
+    assert read_json(tmp_path / "exit.json")["code"] == 0
+
+
 def test_a_folder_with_files_of_another_kind_is_left_as_it_is(corpus, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("mine")
     assert run_small(tmp_path, f"data.path={corpus}") == 6
@@ -307,16 +317,6 @@ def test_a_terminated_run_says_so(living):
     assert read_json(folder / "exit.json") == {"reason": "interrupted", "code": 143, "message": "stopped by SIGTERM"}
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_has_its_pictures(living):
-    process, folder = living
-    deadline = time.monotonic() + 60
-    while len(metrics(folder)) < 10 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGINT
-    assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "expert_load.png", "router.png"}
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_nohup_or_a_script_had_ignored_stays_ignored(number):
     before = signal.signal(number, signal.SIG_IGN)
@@ -330,6 +330,16 @@ def test_a_signal_that_nohup_or_a_script_had_ignored_stays_ignored(number):
         signal.signal(number, before)
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_has_its_pictures(living):
+    process, folder = living
+    deadline = time.monotonic() + 60
+    while len(metrics(folder)) < 10 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGINT
+    assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "expert_load.png", "router.png"}
 
 
 @pytest.mark.slow
