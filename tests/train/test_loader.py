@@ -141,6 +141,30 @@ def test_weights_mix_a_stream_and_rows_at_hand_alike(config, tmp_path):
     assert data.counts.tokens == data.lengths.sum()
 
 
+def test_chats_after_many_texts_of_a_stream_are_samples_too(config, tmp_path):
+    texts, kept = (write_corpus(tmp_path / f"{name}.jsonl", 150) for name in ("texts", "kept"))
+    config.data.sources = [SourceConfig(path=str(texts)), SourceConfig(path=config.data.path)]
+    config.data.held_out_path, config.data.streaming, config.data.shuffle = str(kept), True, False
+    config.data.packing_window = 10
+    data, tokenizer = load(config, open_tokenizer("mixtral", 32_000, None, "mixtral"))
+    steps = itertools.islice(data.steps(Share(0, 1, 1)), len(data.held_out) + 20)
+    rows = [tokenizer.decode(batch[0].input_ids[0][batch[0].token_mask[0]]) for batch in steps]
+    assert any("[INST] wind" in row for row in rows)
+    assert not any('"messages"' in row for row in rows)
+
+
+def test_a_stream_of_texts_refuses_a_sample_by_its_place(config, tmp_path):
+    kept = write_corpus(tmp_path / "kept.jsonl", 20)
+    tokenizer = open_tokenizer("mixtral", 32_000, None, "mixtral")
+    config.data.held_out_path, config.data.streaming, config.data.shuffle = str(kept), True, False
+    config.data.sources = [SourceConfig(path=str(kept)), SourceConfig(path=config.data.path)]
+    training, held_out = open_documents(config.data)
+    config.data.sources = config.data.sources[:1]
+    stream = pack(training, held_out, tokenizer, config)
+    with pytest.raises(DataError, match="a.jsonl:1: it is of data.format=messages, and the stream holds texts"):
+        list(itertools.islice(stream.steps(Share(0, 1, 1)), 40))
+
+
 def test_packing_can_be_left_out(config):
     packed, tokenizer = load(config)
     config.data.packing = False

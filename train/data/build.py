@@ -84,7 +84,8 @@ def pack(
         if isinstance(training, IterableDataset):
             return _pack_labelled_stream(training, held_out, tokenizer, config)
         return _pack_labelled(training, held_out, tokenizer, config)
-    are_texts = all(_are_texts(documents) for documents in (training, held_out)) and weights_of(config.data) is None
+    are_texts = all(_are_texts(documents, config.data) for documents in (training, held_out))
+    are_texts = are_texts and weights_of(config.data) is None
     data = (_pack_texts if are_texts else _pack_samples)(training, held_out, tokenizer, config)
     return replace(data, sources=_by_source(data.held_out_documents, tokenizer, config, are_texts=are_texts))
 
@@ -110,10 +111,13 @@ def _by_source(
     return found
 
 
-def _are_texts(documents: Dataset | IterableDataset) -> bool:
+def _are_texts(documents: Dataset | IterableDataset, data: DataConfig) -> bool:
+    """Says whether all documents are texts; of a stream by each source's first usable row, since its format is one."""
     if isinstance(documents, Dataset):
         return set(column(documents, "format").unique().to_pylist()) == {"text"}
-    return all(row["format"] == "text" for row in documents.take(100))
+    opened = load_sources(data) if len(data.sources) > 1 else [documents]
+    firsts = (next((row["format"] for row in source if row["problem"] is None), "text") for source in opened)
+    return all(form == "text" for form in firsts)
 
 
 def _pack_texts(
@@ -133,7 +137,7 @@ def _pack_texts(
 
     def stream() -> Iterator[Row]:
         def ids(documents: Documents) -> Iterator[list[int]]:
-            return (document_ids(tokenizer, [row["text"]])[0] for row in documents)
+            return (document_ids(tokenizer, [_text_of(row)])[0] for row in documents)
 
         return pack_stream(
             _epochs(training, data, seed, counts, ids),
@@ -143,6 +147,18 @@ def _pack_texts(
         )
 
     return Data(None, stream, kept, held_out, length, counts, problems, streamed=training)
+
+
+def _text_of(document: dict[str, Any]) -> str:
+    """Gives a document's text.
+
+    Raises:
+        DataError: for a sample, whose text is JSON.
+    """
+    if document["format"] != "text":
+        raise DataError(f"{document['source']}: it is of data.format={document['format']}, and the stream holds texts")
+    text: str = document["text"]
+    return text
 
 
 def _pack_samples(
