@@ -178,8 +178,9 @@ class DataConfig:
     )
     labels: list[str] = key(
         [],
-        "names of a classifier's labels, in the order of their numbers; by default those that the training data has, "
-        "sorted, or those of the classifier in model.init_from; with streaming they are not known unless named",
+        "names of a classifier's labels, in the order of their numbers, which rows may hold instead, from 0 on, where "
+        "no name is a number itself; by default those that the training data has, sorted, or those of the classifier "
+        "in model.init_from; with streaming they are not known unless named",
     )
     text_field: str = key("text", "the column that holds plain text, as data.columns={text: NAME}")
     subset: str | None = key(None, "the hub dataset's configuration")

@@ -15,11 +15,13 @@ from mixtral import MixtralConfig, MixtralForSequenceClassification
 from tests.conftest import SIZES
 from tests.train.helpers import SMALL, metrics, read_json, run_small
 from train.cli import main
-from train.config import DataConfig, SourceConfig
-from train.data.build import open_documents
+from train.config import Config, DataConfig, SourceConfig
+from train.data.build import open_documents, pack
+from train.data.formats import RowError
 from train.data.labelled import WINDOW, LabelledBatch, LabelledRows, Labels, labels_of
 from train.data.share import Share
 from train.data.tokenized import ENCODED
+from train.data.tokenizer import open_tokenizer
 from train.evaluate.classifier import ClassifierSums
 from train.objective import Coefficients, StepSize, objective_parts, predict
 
@@ -210,6 +212,11 @@ BAD = {
         "'fog' is none of rain, sun, wind",
     ),
     "label out of range": ({"text": "a", "label": 3}, ["data.labels=[rain,sun,wind]"], "the 3 labels from 0 on"),
+    "unknown label ": (
+        {"text": "a", "label": 3},
+        ["data.labels=[sun,rain,wind,1]"],
+        "3 is none of sun, rain, wind, 1",
+    ),
     "wrong type": ({"text": "a", "label": None}, [], "'label' holds null, neither a label's name nor its number"),
     "missing column": ({"text": "a", "lable": "sun"}, [], "no 'label'; it has lable, text"),
     "empty label": ({"text": "a", "label": " "}, [], "names none"),
@@ -220,6 +227,7 @@ BAD = {
 @pytest.mark.parametrize("problem", BAD)
 def test_a_bad_row_stops_the_run_by_file_and_line_or_is_counted(tmp_path, problem, capsys):
     row, words, what = BAD[problem]
+    problem = problem.strip()
     path = write(tmp_path / "a.jsonl", [*labelled("classification", 40), row])
     words = [f"data.path={path}", "data.format=classification", *words]
     assert run_small(tmp_path / "run", *words) == 3
@@ -267,6 +275,37 @@ def test_numbers_of_a_csv_and_names_of_a_dataset_are_the_same_classes(tmp_path):
     Dataset.from_dict({"text": list("abcd"), "labels": [[0, 1]] * 4}, features=several).save_to_disk(tmp_path / "many")
     config = DataConfig(path="", sources=[SourceConfig(path=str(tmp_path / "many"))], format="multi_label")
     assert labels_of(open_documents(config)[0], config).names == ("low", "mid")
+
+
+@pytest.mark.parametrize("names", [["1", "2", "3", "4", "5"], ["5", "3", "1", "2", "4"], ["-1", "0", "1", "2", "3"]])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_whole_numbers_are_the_names_that_they_are_written_as(tmp_path, names, streaming, suffix):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        path.write_text("text,label\n" + "".join(f"text {name},{name}\n" for name in names * 8))
+    else:
+        write(path, [{"text": f"text {name}", "label": int(name)} for name in names * 8])
+    config = Config(data=DataConfig(path=str(path), held_out_path=str(path), format="classification", labels=names))
+    config.data.streaming, config.data.shuffle = streaming, False
+    tokenizer = open_tokenizer("mixtral", 32_000)
+    data = pack(*open_documents(config.data), tokenizer, config)
+    (batch,) = next(iter(data.steps(Share(0, 1, 40))))
+    for ids, label in zip(batch.input_ids, batch.labels, strict=True):
+        text = tokenizer.decode(ids[1:], skip_special_tokens=True).replace("<unk>", "")
+        assert text == f"text {names[int(label)]}"
+
+
+def test_a_number_is_an_index_where_no_name_is_a_number():
+    stars = Labels("multi_label_classification", ("1", "2", "3"))
+    assert [stars.target(labels) for labels in ([1, 3], ["2"], [" 3", 3])] == [[0, 2], [1], [2]]
+    for label in (0, 4, "0", "many"):
+        with pytest.raises(RowError, match="unknown label"):
+            stars.target([label])
+    with pytest.raises(RowError, match="unknown label"):
+        Labels("single_label_classification", ("1.0", "2.0")).target(1)
+    words = Labels("single_label_classification", ("one star", "2 stars"))
+    assert [words.target(label) for label in (1, "0", "2 stars")] == [[1], [0], [1]]
 
 
 REFUSED = {

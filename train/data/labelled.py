@@ -59,9 +59,11 @@ class Labels:
         return sorted({self._index(one) for one in label})
 
     def _index(self, label: str | int) -> int:
-        if label in self.names:
-            return self.names.index(label)
-        if not _is_number(label):
+        """Finds a label among the names; a whole number may be an index instead, where no name is a number itself."""
+        for name in (label, str(int(label)) if _is_number(label) else label):
+            if name in self.names:
+                return self.names.index(name)
+        if not _is_number(label) or any(map(_is_numeric, self.names)):
             raise RowError(
                 "unknown label", f"{label!r} is none of {', '.join(self.names)}: mend it, or name it in data.labels"
             )
@@ -146,6 +148,11 @@ def _several(label: Any) -> list[Any]:
 def _is_number(label: str | int) -> bool:
     """Says whether a label is a number, as the text of a CSV may be."""
     return isinstance(label, int) or label.strip().isdecimal()
+
+
+def _is_numeric(name: str) -> bool:
+    """Says whether the name of a label is a number of any kind."""
+    return re.fullmatch(r"\s*[+-]?[\d.]*\d[\d.]*\s*", name) is not None
 
 
 class LabelledEncoder:
