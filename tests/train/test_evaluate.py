@@ -11,8 +11,12 @@ from tests.train.helpers import SMALL, WORDS, metrics, read_json, run_small, wri
 from tests.train.test_labelled import labelled, write
 from train.cli import main
 from train.compose import recipes
+from train.config import DataConfig
+from train.data.templates import Encoder
+from train.data.tokenizer import mixtral_tokenizer
 from train.errors import ConfigError
 from train.evaluate.models import find_model, find_models
+from train.evaluate.prompts import Prompts
 
 FREE = [word for word in SMALL if not word.startswith("model.")]
 
@@ -188,6 +192,24 @@ def test_messages_are_written_by_the_chat_template(tmp_path, corpus, models):
         assert evaluate(tmp_path / f"run{number}", *words) == 0
         found += read_json(tmp_path / f"run{number}" / "evaluation.json")["models"].values()
     assert found[0] == found[1]
+
+
+def test_blanks_at_the_end_of_a_prompt_belong_to_the_choices(tmp_path):
+    encoder = Encoder(mixtral_tokenizer(), DataConfig(), 32_000)
+    cities = ["London City", "Paris City"]
+    rows = [
+        {"prompt": "The capital is ", "choices": cities, "answer": 1},
+        {"prompt": "The capital is", "choices": [f" {city}" for city in cities], "answer": 1},
+        {"prompt": "A list:\n\n", "choices": cities, "answer": 1},
+        {"prompt": "A list:", "choices": [f"\n\n{city}" for city in cities], "answer": 1},
+        {"prompt": "  ", "choices": cities, "answer": 1},
+    ]
+    apart, joined, broken, begun, blank = Prompts(str(write(tmp_path / "p.jsonl", rows)), encoder, 64, 4).rows
+    assert (apart.ids, apart.choices) == (joined.ids, joined.choices)
+    assert (broken.ids, broken.choices) == (begun.ids, begun.choices)
+    assert apart.choices[0][0] != apart.choices[1][0]
+    assert blank.ids == encoder.prompt("  ")
+    assert apart.sizes == broken.sizes == [len(city) for city in cities]
 
 
 BAD = {

@@ -88,8 +88,9 @@ class Prompts:
             raise RowError(
                 "answer out of range", f"{answer!r}, expected the number of a choice, 0 to {len(choices) - 1}"
             )
+        prompt, blanks = _without_blanks(prompt)
         ids = self._encoder.prompt(prompt)
-        found = [self._encoder.prompt(prompt, choice)[len(ids) :] for choice in choices]
+        found = [self._encoder.prompt(prompt, blanks + choice)[len(ids) :] for choice in choices]
         if not all(found):
             raise RowError("empty choice", "a choice adds no token to the prompt")
         return Prompt(ids, found, [len(choice.encode()) for choice in choices], answer)
@@ -157,6 +158,12 @@ class Prompts:
         written = write(engine, prompts, ends=(tokenizer.eos_token_id,), max_new_tokens=self._answer_tokens)
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         return [(text.strip(), text.strip().partition("\n")[0].strip()) for text in texts]
+
+
+def _without_blanks(prompt: Any) -> tuple[Any, str]:
+    """Takes the blanks off the end of a text: they belong to the token after them, as lm-evaluation-harness has it."""
+    kept = prompt.rstrip() if isinstance(prompt, str) else ""
+    return (kept, prompt[len(kept) :]) if kept else (prompt, "")
 
 
 def each(
