@@ -27,6 +27,7 @@ from train.data.tokenizer import give_padding, open_tokenizer
 from train.errors import ConfigError, StopSignal
 from train.evaluate.prompts import Prompts
 from train.folder import RunFolder, folder_name
+from train.generate.writing import end_marks
 from train.parallel.engine import Engine
 from train.parallel.launcher import number_of_processes
 
@@ -137,12 +138,14 @@ def open_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts 
 
     Raises:
         DataError: for a row that is none.
+        CheckpointError: when what the model's folder says of generation cannot be read.
     """
     path, answer_tokens = config.evaluate.prompts, config.evaluate.answer_tokens
     if path is None:
         return None
     encoder = Encoder(tokenizer, config.data, config.model.vocab_size)
-    prompts = Prompts(path, encoder, config.model.max_position_embeddings, answer_tokens)
+    ends = end_marks(tokenizer, config.model.init_from)
+    prompts = Prompts(path, encoder, config.model.max_position_embeddings, answer_tokens, ends)
     prompts.check_metric(config.evaluate.metric)
     return prompts
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.train.helpers import SMALL, WORDS, metrics, read_json, run_small, write_corpus
 from tests.train.test_labelled import labelled, write
@@ -181,6 +183,33 @@ def test_prompts_are_answered_at_the_evaluations_of_a_run(tmp_path, corpus, mode
     assert read_json(tmp_path / "run" / "summary.json")["eval_choice_accuracy"] == rows[-1]["eval_choice_accuracy"]
 
 
+def test_the_end_marks_that_a_models_folder_names_end_an_answer_in_every_evaluation(tmp_path, corpus, models):
+    folders = {name: shutil.copytree(models[name], tmp_path / name) for name in ("a", "lora")}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders["a"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["a"])
+    for prompt in (f"{first} {second}" for first in WORDS for second in WORDS):
+        ids = tokenizer(prompt, return_tensors="pt")
+        written = model.generate(**ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        written = written[0, ids["input_ids"].shape[1] :].tolist()
+        end = max(map(written.index, written))
+        if end and (answer := tokenizer.decode(written[:end]).strip()):
+            break
+    transformers.GenerationConfig(eos_token_id=[2, written[end]]).save_pretrained(folders["a"])
+    adapter = folders["lora"] / "adapter_config.json"
+    adapter.write_text(json.dumps(read_json(adapter) | {"base_model_name_or_path": str(folders["a"])}))
+    weights = folders["lora"] / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}, weights)
+    path = write(tmp_path / "p.jsonl", [{"prompt": prompt, "answer": answer}] * 2)
+    words = [f"data.path={corpus}", f"evaluate.prompts={path}", "evaluate.answer_tokens=6", "train.precision=fp32"]
+    compared = [str(folders["a"]), str(folders["lora"]), str(models["a"])]
+    assert evaluate(tmp_path / "run", *words, f"evaluate.compare=[{','.join(compared)}]") == 0
+    found = read_json(tmp_path / "run" / "evaluation.json")["models"]
+    assert [found[name]["eval_exact_match"] for name in compared] == [1, 1, 0]
+    words += [f"model.init_from={folders['a']}", "train.max_steps=1", f"run.dir={tmp_path / 'trained'}"]
+    assert main(["train", *FREE, *words]) == 0
+    assert metrics(tmp_path / "trained")[0]["eval_exact_match"] == 1
+
+
 def test_messages_are_written_by_the_chat_template(tmp_path, corpus, models):
     messages = [{"role": "user", "content": "the wind"}]
     common = [f"data.path={corpus}", f"model.init_from={models['a']}", "evaluate.answer_tokens=4"]
@@ -204,7 +233,7 @@ def test_blanks_at_the_end_of_a_prompt_belong_to_the_choices(tmp_path):
         {"prompt": "A list:", "choices": [f"\n\n{city}" for city in cities], "answer": 1},
         {"prompt": "  ", "choices": cities, "answer": 1},
     ]
-    apart, joined, broken, begun, blank = Prompts(str(write(tmp_path / "p.jsonl", rows)), encoder, 64, 4).rows
+    apart, joined, broken, begun, blank = Prompts(str(write(tmp_path / "p.jsonl", rows)), encoder, 64, 4, [2]).rows
     assert (apart.ids, apart.choices) == (joined.ids, joined.choices)
     assert (broken.ids, broken.choices) == (begun.ids, begun.choices)
     assert apart.choices[0][0] != apart.choices[1][0]

@@ -53,13 +53,14 @@ class Prompts:
         encoder: writes them.
         longest: what the model can take, in tokens.
         answer_tokens: bound on a written answer.
+        ends: tokens that end one; see `end_marks`.
 
     Raises:
         DataError: for a row that is no prompt with an answer, by file and line.
     """
 
-    def __init__(self, path: str, encoder: Encoder, longest: int, answer_tokens: int) -> None:
-        self._encoder, self._longest, self._answer_tokens = encoder, longest, answer_tokens
+    def __init__(self, path: str, encoder: Encoder, longest: int, answer_tokens: int, ends: Sequence[int]) -> None:
+        self._encoder, self._longest, self._answer_tokens, self._ends = encoder, longest, answer_tokens, ends
         self.rows = read_each("evaluate.prompts", path, self._read)
 
     def _read(self, row: Any) -> Prompt:
@@ -154,9 +155,9 @@ class Prompts:
 
     def _answers(self, engine: Engine, prompts: list[list[int]]) -> list[tuple[str, str]]:
         """Writes greedy answers: each up to its end mark, and up to its first line break."""
-        tokenizer = self._encoder.tokenizer
-        written = write(engine, prompts, ends=(tokenizer.eos_token_id,), max_new_tokens=self._answer_tokens)
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        written = write(engine, prompts, ends=self._ends, max_new_tokens=self._answer_tokens)
+        answers = [tokens[:-1] if tokens[-1] in self._ends else tokens for tokens in written]
+        texts = self._encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [(text.strip(), text.strip().partition("\n")[0].strip()) for text in texts]
 
 

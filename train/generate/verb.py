@@ -4,21 +4,19 @@ import functools
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from train.config import Config
 from train.data.formats import RowError
 from train.data.share import Share
 from train.data.templates import Encoder
 from train.data.tokenizer import open_tokenizer
-from train.errors import CheckpointError, ConfigError
+from train.errors import ConfigError
 from train.folder import RunFolder
 from train.generate.asked import Asked, Results, ask, read_prompts, show
-from train.generate.writing import Pieces, Sampling, Streamed, write
+from train.generate.writing import Pieces, Sampling, Streamed, end_marks, write
 from train.lora import hold_model
 from train.model import find_weights
 from train.parallel.engine import Engine
@@ -127,23 +125,6 @@ def _asked(encoder: Encoder, config: Config) -> list[Asked]:
         return [ask(given.prompt, encoder, given, longest)]
     except RowError as bad:
         raise ConfigError(f"generate.prompt: {bad}") from None
-
-
-def end_marks(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> list[int]:
-    """Lists the tokens that end a text: the tokenizer's end token, and those that the model's folder names.
-
-    Raises:
-        CheckpointError: when what it says of generation cannot be read.
-    """
-    ends = [tokenizer.eos_token_id]
-    path = Path(folder or "") / "generation_config.json"
-    if path.is_file():
-        try:
-            named = GenerationConfig.from_pretrained(path.parent).eos_token_id
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error})") from None
-        ends += named if isinstance(named, list) else [named]
-    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def show_one(writer: Writer, asked: Asked) -> str:

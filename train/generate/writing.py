@@ -3,11 +3,13 @@
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
@@ -17,6 +19,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from train.errors import CheckpointError
 from train.model import generator_of
 from train.parallel.engine import Engine
 
@@ -114,6 +117,23 @@ def write(
 def _up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:
     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: end + 1]
+
+
+def end_marks(tokenizer: PreTrainedTokenizerBase, folder: str | None) -> list[int]:
+    """Lists the tokens that end a text: the tokenizer's end token, and those that the model's folder names.
+
+    Raises:
+        CheckpointError: when what it says of generation cannot be read.
+    """
+    ends = [tokenizer.eos_token_id]
+    path = Path(folder or "") / "generation_config.json"
+    if path.is_file():
+        try:
+            named = GenerationConfig.from_pretrained(path.parent).eos_token_id
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error})") from None
+        ends += named if isinstance(named, list) else [named]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 class Pieces:
