@@ -173,6 +173,24 @@ def test_every_source_has_a_perplexity_of_its_own_weighted_by_tokens(tmp_path, m
     assert first["eval_loss"] == pytest.approx(total, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["text", "classification"])
+def test_the_weights_of_sources_change_no_figure_of_held_out_documents(tmp_path, corpus, models, kind):
+    rows = [{"text": f"wind {n}"} if kind == "text" else row for n, row in enumerate(labelled("classification", 20))]
+    kept = write(tmp_path / "kept.jsonl", rows)
+    words = [f"data.held_out_path={kept}", f"model.init_from={models['a']}"]
+    sources = [corpus, write_corpus(tmp_path / "b.jsonl", 90)]
+    if kind == "classification":
+        sources = [write(tmp_path / f"{n}.jsonl", labelled("classification", 60 + n)) for n in range(2)]
+        words += ["data.format=classification", "data.too_long=cut"]
+    given = (f"{{path: {path}, weight: {weight}}}" for path, weight in zip(sources, (1, 99), strict=True))
+    words.append(f"data.sources=[{','.join(given)}]")
+    assert main(["train", *FREE, *words, "train.max_steps=1", f"run.dir={tmp_path / 'trained'}"]) == 0
+    words.append(f"model.init_from={tmp_path / 'trained' / 'export'}")
+    assert evaluate(tmp_path / "run", *(word for word in words if str(models["a"]) not in word)) == 0
+    (found,) = read_json(tmp_path / "run" / "evaluation.json")["models"].values()
+    assert found["eval_loss"] == pytest.approx(metrics(tmp_path / "trained")[-1]["eval_loss"], abs=1e-6)
+
+
 def test_prompts_are_answered_at_the_evaluations_of_a_run(tmp_path, corpus, models):
     path = write_prompts(tmp_path / "prompts.jsonl", models["a"])
     words = [*FREE, f"data.path={corpus}", f"model.init_from={models['a']}", f"evaluate.prompts={path}"]

@@ -72,21 +72,37 @@ def weights_of(config: DataConfig) -> list[float] | None:
 
 
 def pack(
-    training: Dataset | IterableDataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config
+    training: Dataset | IterableDataset,
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    *,
+    weighted: bool = True,
 ) -> Data:
     """Tokenizes documents and packs them into rows; a second process finds the first's work in the cache.
+
+    Args:
+        training: documents to train on.
+        held_out: documents to evaluate on.
+        tokenizer: of the run.
+        config: of the run.
+        weighted: whether the training rows are mixed by the sources' weights, if they have any.
 
     Raises:
         DataError: for documents that cannot be trained on, and are not to be left out.
         ConfigError: for chats without a template.
     """
+    weights = weights_of(config.data) if weighted else None
     if config.data.format in PROBLEMS:
         if isinstance(training, IterableDataset):
             return _pack_labelled_stream(training, held_out, tokenizer, config)
-        return _pack_labelled(training, held_out, tokenizer, config)
+        return _pack_labelled(training, held_out, tokenizer, config, weights)
     are_texts = all(_are_texts(documents, config.data) for documents in (training, held_out))
     are_texts = are_texts and weights_of(config.data) is None
-    data = (_pack_texts if are_texts else _pack_samples)(training, held_out, tokenizer, config)
+    if are_texts:
+        data = _pack_texts(training, held_out, tokenizer, config)
+    else:
+        data = _pack_samples(training, held_out, tokenizer, config, weights)
     return replace(data, sources=_by_source(data.held_out_documents, tokenizer, config, are_texts=are_texts))
 
 
@@ -162,7 +178,11 @@ def _text_of(document: dict[str, Any]) -> str:
 
 
 def _pack_samples(
-    training: Dataset | IterableDataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config
+    training: Dataset | IterableDataset,
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    weights: list[float] | None,
 ) -> Data:
     """Packs samples, each of them whole."""
     data, length, seed = config.data, config.data.sequence_length, config.run.seed
@@ -186,7 +206,7 @@ def _pack_samples(
             seed=seed,
             shuffle=data.shuffle,
             epochs=config.train.epochs,
-            weights=weights_of(data),
+            weights=weights,
         )
         cut = int(column(encoded, "is_cut").to_numpy().sum())
         counts = Counts.of(rows, problems, cut)
@@ -201,7 +221,13 @@ def _pack_samples(
     return Data(None, stream, held_out_rows, held_out, length, counts, problems, streamed=training)
 
 
-def _pack_labelled(training: Dataset, held_out: Dataset, tokenizer: PreTrainedTokenizerBase, config: Config) -> Data:
+def _pack_labelled(
+    training: Dataset,
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    weights: list[float] | None,
+) -> Data:
     """Makes rows of labelled texts, one each."""
     data, length = config.data, config.data.sequence_length
     labels, padding = labels_of(training, data), give_padding(tokenizer)
@@ -220,7 +246,7 @@ def _pack_labelled(training: Dataset, held_out: Dataset, tokenizer: PreTrainedTo
         seed=config.run.seed,
         shuffle=data.shuffle,
         epochs=config.train.epochs,
-        weights=weights_of(data),
+        weights=weights,
     )
     cut = int(column(encoded, "is_cut").to_numpy().sum())
     counts = Counts.of(rows, problems, cut)

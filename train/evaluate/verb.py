@@ -55,7 +55,7 @@ def evaluate_model(engine: Engine, config: Config) -> dict[str, float]:
     if is_classifier:
         give_padding(tokenizer)
     # nothing is trained on: the held-out documents stand in, so that no others are tokenized
-    data: Data = engine.first_on_each_host(lambda: pack(held_out, held_out, tokenizer, config))
+    data: Data = engine.first_on_each_host(lambda: pack(held_out, held_out, tokenizer, config, weighted=False))
     prompts = engine.on_main(lambda: open_prompts(config, tokenizer))
     hold_model(engine, config, tokenizer, data.labels)
     return evaluate(engine, config, data, prompts)
