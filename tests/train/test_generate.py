@@ -8,11 +8,13 @@ import random
 import re
 import sys
 
+import pyarrow as pa
 import pytest
 import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from pyarrow import parquet
 
 from tests.conftest import SIZES, skew_router
 from tests.train.test_labelled import write
@@ -269,6 +271,7 @@ BAD = {
     "too long": ({"prompt": "a" * 600}, "too long: 601 tokens and generate.max_new_tokens=12; the model takes 512"),
     "half": ({"prompt": "a\ud800"}, "half a character"),
     "taken": ({"prompt": "a", "tokens": 3}, "column taken: 'tokens'"),
+    "half elsewhere": ({"prompt": "a", "note": "\ud800"}, "not JSON: the row cannot be written with its result"),
 }
 
 
@@ -279,7 +282,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, case):
     encoder = Encoder(byte_level(), DataConfig(path="x", chat_template=None), 300)
     encoder.template = INSTRUCT_TEMPLATE
     with pytest.raises(DataError, match=re.escape(f"{path}:2: {problem}")):
-        read_prompts(encoder, GenerateConfig(prompts=str(path), max_new_tokens=12), 512)
+        read_prompts(encoder, GenerateConfig(prompts=str(path), output="x", max_new_tokens=12), 512)
 
 
 def test_a_bad_row_ends_with_3_before_anything_is_written(tmp_path, model, capsys):
@@ -287,6 +290,23 @@ def test_a_bad_row_ends_with_3_before_anything_is_written(tmp_path, model, capsy
     assert generate(model, f"generate.prompts={path}", f"generate.output={tmp_path / 'out'}") == 3
     assert f"{path}:2: no chat template" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["p.jsonl"]
+
+
+def test_a_row_that_is_no_json_ends_with_3_before_anything_is_written(tmp_path, model, capsys):
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pa.table({"prompt": ["a"], "when": pa.array([0], pa.timestamp("us"))}), path)
+    for words in ([], [f"generate.output={tmp_path / 'out'}"]):
+        assert generate(model, f"generate.prompts={path}", *words) == 3
+        shown = capsys.readouterr()
+        assert f"{path}:1: not JSON: the row cannot be written with its result (Object of type datetime" in shown.err
+        assert not shown.out
+    assert os.listdir(tmp_path) == ["p.parquet"]
+
+
+def test_half_a_character_is_escaped_on_standard_output(tmp_path, model, capsys):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "note": "\ud800"}])
+    assert generate(model, f"generate.prompts={path}") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["note"] == "\ud800"
 
 
 REFUSED = {

@@ -68,6 +68,10 @@ def read_prompts(encoder: Encoder, config: GenerateConfig, longest: int) -> list
         if taken:
             raise RowError("column taken", f"{taken[0]!r} is what a result is called: give it another name")
         asked = ask(row["prompt"], encoder, config, longest)
+        try:
+            _line(row, in_file=config.output is not None).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RowError("not JSON", f"the row cannot be written with its result ({error})") from None
         return Asked(row, asked.ids, asked.is_chat)
 
     assert config.prompts is not None
@@ -86,6 +90,11 @@ def show(text: str) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
         raise MachineError(f"standard output: {error.strerror}") from None
+
+
+def _line(result: dict[str, Any], *, in_file: bool) -> str:
+    """Writes a result as a line: in UTF-8 for a file, in ASCII for standard output, whose encoding may be any."""
+    return json.dumps(result, ensure_ascii=not in_file) + "\n"
 
 
 class Results:
@@ -112,7 +121,7 @@ class Results:
         Raises:
             OSError, MachineError: when they cannot be written.
         """
-        lines = "".join(json.dumps(result, ensure_ascii=self._file is None) + "\n" for result in results)
+        lines = "".join(_line(result, in_file=self._file is not None) for result in results)
         if self._file is None:
             show(lines)
         else:
