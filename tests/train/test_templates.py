@@ -177,12 +177,14 @@ def test_texts_and_tokens_keep_their_ids():
             document("tokens", input_ids=[1, 22557, 2], labels=[-100, -100, 2]),
             document("tokens", input_ids=[1, 32_000, 2]),
             document("tokens", input_ids=[7]),
+            document("tokens", input_ids=[1, 10**20, 2], labels=[1, 10**20, 2]),
         ]
     )
     assert [sample.ids.tolist() for sample in found[:3]] == [[1, 22557, 2]] * 3
     assert [sample.trained.tolist() for sample in found[:3]] == [[True] * 3] * 2 + [[False, False, True]]
     assert str(found[3]).startswith("token out of range: 32000 in 'input_ids'; the model has 32000 tokens")
     assert str(found[4]).startswith("nothing to train on")
+    assert str(found[5]).startswith(f"token out of range: {10**20} in 'input_ids'")
 
 
 def test_a_sample_longer_than_a_row_is_refused_or_cut():

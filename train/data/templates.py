@@ -156,12 +156,12 @@ class Encoder:
         return [int(token) for token in ids]
 
     def _given(self, sample: dict[str, Any]) -> Sample:
-        ids = np.asarray(sample["input_ids"], np.int64)
-        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if len(wrong):
+        ids = sample["input_ids"]
+        wrong = [token for token in ids if not 0 <= token < self.vocab_size]
+        if wrong:
             raise RowError("token out of range", f"{wrong[0]} in 'input_ids'; the model has {self.vocab_size} tokens")
         trained = np.asarray(sample["labels"]) >= 0 if "labels" in sample else np.ones(len(ids), bool)
-        return Sample(ids.astype(np.int32), trained)
+        return Sample(np.asarray(ids, np.int32), trained)
 
     def _finished(self, sample: Sample) -> Sample:
         """Applies the bound on the length.
