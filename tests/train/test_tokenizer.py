@@ -26,7 +26,7 @@ from train.data.tokenizer import (
     sentencepiece_tokenizer,
     train_bpe,
 )
-from train.errors import ConfigError, MachineError
+from train.errors import CheckpointError, ConfigError, MachineError
 
 AWKWARD = [
     "Hello world, Mixtral!",
@@ -122,6 +122,31 @@ def test_a_tokenizer_that_is_nowhere_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "data.tokenizer=nobody/nothing: no such folder, and not to be had from the hub" in done.stdout, done.stderr
     assert MachineError.code == 6
+
+
+DAMAGED = {
+    "no tokenizer": ("tokenizer.json", lambda whole: b"{}"),
+    "no object": ("tokenizer.json", lambda whole: b"[]"),
+    "no model": ("tokenizer.json", lambda whole: b'{"added_tokens": [], "model": {"type": "Other"}}'),
+    "cut": ("tokenizer.json", lambda whole: whole[: len(whole) // 2]),
+    "cut settings": ("tokenizer_config.json", lambda whole: whole[: len(whole) // 2]),
+    "no UTF-8": ("tokenizer.json", lambda whole: b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_of_a_tokenizers_folder_is_named(tmp_path, corpus, case):
+    name, damage = DAMAGED[case]
+    train_bpe(corpus, 300).save_pretrained(tmp_path)
+    open_tokenizer(str(tmp_path), 300)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path / name}: no tokenizer that can be read"):
+        open_tokenizer(str(tmp_path), 300)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}: no tokenizer that can be read"):
+        open_tokenizer(str(tmp_path), 300)
 
 
 @pytest.fixture(scope="module")

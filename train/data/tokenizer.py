@@ -1,6 +1,7 @@
 """Tokenizers: Mixtral's own, one trained on the corpus, or any from a folder or the hub."""
 
 import importlib.resources
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from train.data.formats import texts_of
 from train.data.hub import require_hub, split_revision
-from train.errors import ConfigError, MachineError
+from train.errors import CheckpointError, ConfigError, MachineError
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, as in Mixtral's own vocabulary
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
 # Mixtral-8x7B-Instruct's. The answer, its leading space and its end mark are what an assistant mask covers.
 INSTRUCT_TEMPLATE = """\
 {{- bos_token }}
@@ -51,6 +53,7 @@ def open_tokenizer(
 
     Raises:
         ConfigError: when it is larger than the embedding, lacks an end token or wants code of its own to be run.
+        CheckpointError: when what is in the folder is no tokenizer, or damaged.
         MachineError: when it is neither a folder nor to be had from the hub.
     """
     if name == "mixtral":
@@ -76,7 +79,8 @@ def open_tokenizer(
 def _given_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Opens a tokenizer in a folder or on the hub, without ever running code that comes with it."""
     repository, revision = name, None
-    if not Path(name).is_dir():
+    is_folder = Path(name).is_dir()
+    if not is_folder:
         repository, revision = split_revision(name)
         require_hub(f"data.tokenizer={name}")
     options = {"revision": revision or "main"}
@@ -87,11 +91,29 @@ def _given_tokenizer(name: str) -> PreTrainedTokenizerBase:
                 "that transformers has"
             )
         return AutoTokenizer.from_pretrained(repository, **options, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except ConfigError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if is_folder or not isinstance(error, OSError | ValueError):
+            place = _unreadable(Path(name)) if is_folder else f"data.tokenizer={name}"
+            raise CheckpointError(f"{place}: no tokenizer that can be read ({reason})") from None
         raise MachineError(
             f"data.tokenizer={name}: no such folder, and not to be had from the hub ({reason})"
         ) from None
+
+
+def _unreadable(folder: Path) -> Path:
+    """Finds the file of a tokenizer's folder that cannot be read; the folder where it is none of them."""
+    for path in (folder / name for name in FILES if (folder / name).is_file()):
+        try:
+            if path.name == "tokenizer.json":
+                Tokenizer.from_file(str(path))
+            else:
+                json.loads(path.read_text(encoding="utf-8"))
+        except Exception:  # tokenizers raises nothing narrower
+            return path
+    return folder
 
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
