@@ -146,6 +146,7 @@ OTHER_BAD = {
     ),
     "ids": ([{"input_ids": [1, 2]}, {"input_ids": [1, "2"]}], "wrong type: 'input_ids' holds what is no whole number"),
     "labels": ([{"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [2, -100]}], "wrong labels: 'labels' must be"),
+    "half a column's name": ([{"text": "a"}, {"\ud800": "a"}], r"missing column: no 'text'; it has \\ud800"),
 }
 
 

@@ -89,6 +89,13 @@ def test_the_interpreter_brings_megabytes_of_source_and_prose():
     assert sum(map(len, documents["text"])) > 5_000_000
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_whose_name_is_no_utf8_is_read(tmp_path, streaming):
+    write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")), "a text")
+    (row,) = read(tmp_path, streaming=streaming)
+    assert (row["text"], row["source"]) == ("a text", f"{tmp_path}/caf\\udce9.txt")
+
+
 MALFORMED = {
     "empty.txt": (b"", "no text in it"),
     "blank.txt": (b"\n \n\t\n", "no text in it"),

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import parquet
 
-from train.data.formats import RowError
+from train.data.formats import RowError, writable
 from train.errors import DataError
 
 T = TypeVar("T")
@@ -20,12 +20,12 @@ Rows = Iterator[tuple[str, Any]]  # where it is, and the row or the `RowError` i
 
 
 def read_rows(file: Path) -> Rows:
-    """Yields the rows of a file, whose suffix names its kind.
+    """Yields the rows of a file, whose suffix names its kind; its name may be of bytes that are no UTF-8.
 
     Raises:
         DataError: where what follows cannot be read either.
     """
-    return READERS[file.suffix.lower()](file)
+    return ((writable(where), row) for where, row in READERS[file.suffix.lower()](file))
 
 
 def is_whole(file: Path) -> bool:

@@ -107,7 +107,8 @@ def as_document(row: Any, where: str, schema: Schema) -> dict[str, Any]:
         label = _dump(_LABELS[schema.format](row, schema)) if schema.format in PROBLEMS else None
         refuse_half_characters(text)
     except RowError as bad:
-        return {"text": "", "label": None, "format": schema.format, "source": where, "problem": str(bad)}
+        problem = writable(str(bad))
+        return {"text": "", "label": None, "format": schema.format, "source": where, "problem": problem}
     form = "messages" if schema.format == "sharegpt" else schema.format
     return {"text": text, "label": label, "format": form, "source": where, "problem": None}
 
@@ -120,6 +121,11 @@ def refuse_half_characters(text: str) -> None:
     """
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise RowError("half a character", "it holds a lone surrogate escape; mend the text")
+
+
+def writable(text: str) -> str:
+    """Gives a text as UTF-8 can have it, half characters escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_row(document: Mapping[str, Any]) -> dict[str, Any]:
