@@ -179,6 +179,18 @@ def test_a_parquet_file_with_a_byte_of_no_text_is_named(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_time_that_python_has_none_for_matters_where_it_is_used(tmp_path, streaming):
+    path = tmp_path / "rows.parquet"
+    times = pa.array([10**18, 0], pa.timestamp("us"))
+    parquet.write_table(
+        pa.table({"text": ["one", "two"], "when": times, "all": pa.ListArray.from_arrays([0, 1, 2], times)}), path
+    )
+    assert [row["text"] for row in read(path, streaming=streaming)] == ["one", "two"]
+    with pytest.raises(DataError, match="rows.parquet:1: wrong type: 'when' holds Unconvertible"):
+        read(path, streaming=streaming, format="regression", columns={"label": "when"})
+
+
 def test_what_a_death_cut_off_in_the_cache_is_read_anew(tmp_path):
     path = write_corpus(tmp_path / "a.jsonl", 2500)
     (cached,) = {row["filename"] for row in load_documents(DataConfig(path=str(path))).cache_files}

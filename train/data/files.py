@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,13 @@ from train.errors import DataError
 T = TypeVar("T")
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 Rows = Iterator[tuple[str, Any]]  # where it is, and the row or the `RowError` in its place
+
+
+@dataclass(frozen=True)
+class Unconvertible:
+    """Stands for a value of a Parquet file that Python has none for; it matters where the column is used."""
+
+    type: str
 
 
 def read_rows(file: Path) -> Rows:
@@ -153,11 +161,28 @@ def _read_parquet(file: Path) -> Rows:
         number = 0
         for batch in parquet.ParquetFile(file, page_checksum_verification=True).iter_batches(batch_size=1000):
             batch.validate(full=True)
-            for row in batch.to_pylist():
+            for row in _rows_of(batch):
                 number += 1
                 yield f"{file}:{number}", row
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Gives the rows of a batch, with `Unconvertible` for what Python has no value for, such as a far time."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ArithmeticError, LookupError, ValueError):
+        columns = [[_value(scalar) for scalar in values] for values in batch.columns]
+        rows = [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return rows
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (ArithmeticError, LookupError, ValueError):
+        return Unconvertible(str(scalar.type))
 
 
 def _decode(raw: bytes) -> str:
