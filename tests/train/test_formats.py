@@ -148,6 +148,12 @@ OTHER_BAD = {
     "labels": ([{"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [2, -100]}], "wrong labels: 'labels' must be"),
     "half a column's name": ([{"text": "a"}, {"\ud800": "a"}], r"missing column: no 'text'; it has \\ud800"),
 }
+LABELS_BAD = {
+    "half a label": ("classification", "\ud83d", "half a character"),
+    "half a label of several": ("multi_label", ["a", "\ud83d"], "half a character"),
+    "a long number": ("regression", 10**400, "not a number: 'label' is inf"),
+    "a long number below 0": ("regression", -(10**400), "not a number: 'label' is inf"),
+}
 
 
 @pytest.mark.parametrize("name", OTHER_BAD)
@@ -155,6 +161,20 @@ def test_other_formats_refuse_theirs(tmp_path, name):
     rows, message = OTHER_BAD[name]
     with pytest.raises(DataError, match=f"a.jsonl:2: {message}"):
         read(write_rows(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", LABELS_BAD)
+def test_labels_that_cannot_be_kept_are_refused(tmp_path, name, streaming):
+    form, label, message = LABELS_BAD[name]
+    column = "labels" if form == "multi_label" else "label"
+    good = {"classification": "a", "multi_label": ["a"], "regression": 10**300}[form]
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "a", column: good}, {"text": "b", column: label}])
+    with pytest.raises(DataError, match=f"a.jsonl:2: {message}"):
+        read(path, format=form, streaming=streaming)
+    kept, left_out = read(path, format=form, streaming=streaming, bad_rows="skip")
+    assert kept["problem"] is None
+    assert left_out["problem"].startswith(message)
 
 
 @pytest.mark.parametrize(

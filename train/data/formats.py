@@ -105,7 +105,8 @@ def as_document(row: Any, where: str, schema: Schema) -> dict[str, Any]:
             raise RowError("wrong type", f"expected an object with columns, found {_type(row)}")
         text = _READERS[schema.format](row, schema)
         label = _dump(_LABELS[schema.format](row, schema)) if schema.format in PROBLEMS else None
-        refuse_half_characters(text)
+        for written in (text, label or ""):
+            refuse_half_characters(written)
     except RowError as bad:
         problem = writable(str(bad))
         return {"text": "", "label": None, "format": schema.format, "source": where, "problem": problem}
@@ -297,6 +298,8 @@ def _number(row: Mapping[str, Any], schema: Schema) -> float:
         number = float(value)  # a CSV's numbers are text
     except ValueError:
         raise RowError("wrong type", f"{name!r} holds {value!r}, not a number") from None
+    except OverflowError:  # a whole number may have any length
+        number = math.inf
     if not math.isfinite(number):
         raise RowError("not a number", f"{name!r} is {number}: give a finite one, or leave the row out")
     return number
