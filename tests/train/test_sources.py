@@ -91,9 +91,15 @@ def test_the_interpreter_brings_megabytes_of_source_and_prose():
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_file_whose_name_is_no_utf8_is_read(tmp_path, streaming):
-    write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")), "a text")
-    (row,) = read(tmp_path, streaming=streaming)
-    assert (row["text"], row["source"]) == ("a text", f"{tmp_path}/caf\\udce9.txt")
+    name = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    write(name.with_suffix(".txt"), "a text")
+    parquet.write_table(pa.table({"text": ["a row"]}), tmp_path / "b.parquet")
+    (tmp_path / "b.parquet").rename(name.with_suffix(".parquet"))
+    rows = read(tmp_path, streaming=streaming)
+    assert [(row["text"], row["source"]) for row in rows] == [
+        ("a row", f"{tmp_path}/caf\\udce9.parquet:1"),
+        ("a text", f"{tmp_path}/caf\\udce9.txt"),
+    ]
 
 
 MALFORMED = {

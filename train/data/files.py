@@ -159,11 +159,12 @@ def _read_csv(file: Path) -> Rows:
 def _read_parquet(file: Path) -> Rows:
     try:
         number = 0
-        for batch in parquet.ParquetFile(file, page_checksum_verification=True).iter_batches(batch_size=1000):
-            batch.validate(full=True)
-            for row in _rows_of(batch):
-                number += 1
-                yield f"{file}:{number}", row
+        with file.open("rb") as raw:  # by its name Arrow opens none whose bytes are no UTF-8
+            for batch in parquet.ParquetFile(raw, page_checksum_verification=True).iter_batches(batch_size=1000):
+                batch.validate(full=True)
+                for row in _rows_of(batch):
+                    number += 1
+                    yield f"{file}:{number}", row
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
