@@ -23,6 +23,8 @@ for _key in keys():
 
 LISTS = ("lora.targets", "train.only")  # words with commas between, which may be written as a list too
 UNNAMED = "DATA"  # what a configuration reads where nothing was named
+WRITTEN = "# Written by a run: every text is as it stands; without this line, ${...} is what it is in other recipes.\n"
+_QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1)[^\\])*\1""", re.DOTALL)  # by the user, as Hydra reads it
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ def _explicit_keys(words: Sequence[str], recipe: Path | None) -> set[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """Writes a configuration as YAML, every key resolved."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    """Writes a configuration as YAML, every key resolved: a recipe of the same run."""
+    return WRITTEN + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def _check_words(words: Sequence[str]) -> list[str]:
@@ -164,11 +166,19 @@ def _quoted(word: str) -> str:
         value = re.sub("[\"' ]", "", listed.group(1))
         word = f"{name}={value}"
     is_text = any(item.name == name and item.type in (str, str | None) and not item.choices for item in keys())
-    plain = re.fullmatch(r"[\w./-]*", value) or (value[:1] in "'\"" and value[:1] == value[-1:])
-    if not is_text or (plain and value):
+    if not is_text or value == "null" or _QUOTED.fullmatch(value):
         return word
-    escaped = re.sub(r'(\\+)(?="|$)', r"\1\1", value).replace('"', '\\"')
+    escaped = re.sub(r'(\\+)(?="|\Z)', r"\1\1", _literal(value)).replace('"', '\\"')
     return f'{name}="{escaped}"'
+
+
+def _literal(value: Any) -> Any:
+    """Escapes what would name another key, `${...}`, in every text of a value."""
+    if isinstance(value, dict):
+        return {name: _literal(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _check_key(name: str, value: Any, where: str) -> None:
@@ -227,11 +237,13 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         ConfigError: naming the file and the key.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe {path} holds no keys")
+    tree = _literal(tree) if text.startswith(WRITTEN) else tree
     where, may_be_empty = f"in recipe {path}", {"defaults", *SECTIONS}
     tree = {section: values for section, values in tree.items() if values is not None or section not in may_be_empty}
     for entry in tree.get("defaults", []):

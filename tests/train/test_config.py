@@ -190,9 +190,30 @@ def test_a_mistake_in_a_recipe_is_refused_by_file_and_key(text, tmp_path):
         compose([f"recipe={tmp_path / 'mine.yaml'}", "train.max_steps=1"])
 
 
-@pytest.mark.parametrize("value", ["~/texts", "a,b (1)=x.jsonl", 'say "hi", {you}', "C:\\x"])
-def test_text_needs_no_quotes_of_its_own(value):
-    assert compose(["recipe=demo", f"data.path={value}"]).config.data.path == value
+TEXTS = [
+    *("~/texts", "a,b (1)=x.jsonl", 'say "hi", {you}', "C:\\x", "", "'a' or 'b'", '"', "two\nlines\\\n"),
+    *("2026_11_28", "1.10", "1e3", "true", "0x10", "nan", "Null"),
+    *("a ${model.hidden_size} b", "echo ${HOME}", r"\${x} \\${y}", "${", r"${x}\\"),
+]
+
+
+@pytest.mark.parametrize("value", TEXTS)
+def test_text_needs_no_quotes_of_its_own_and_repeats_itself(value, tmp_path):
+    config = compose(["recipe=demo", f"data.path={value}", f"evaluate.sample_prompt={value}"]).config
+    assert (config.data.path, config.evaluate.sample_prompt) == (value, value)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert yaml.safe_load((tmp_path / "again.yaml").read_text())["data"]["path"] == value
+    assert compose([f"recipe={tmp_path / 'again.yaml'}"]).config == config
+
+
+def test_what_the_user_or_a_recipe_writes_for_hydra_is_still_its_own(tmp_path):
+    config = compose(["recipe=demo", "run.dir=null", "data.path='a \"b\"'"]).config
+    assert (config.run.dir, config.data.path) == (None, 'a "b"')
+    with pytest.raises(ConfigError, match="tracker.project: .*not Optional; expected str"):
+        compose(["recipe=demo", "tracker.project=null"])
+    assert compose(["recipe=demo", 'run.dir="w${model.hidden_size}"']).config.run.dir == "w192"
+    (tmp_path / "mine.yaml").write_text("run:\n  dir: w${model.hidden_size}\nmodel:\n  hidden_size: 192\n")
+    assert compose([f"recipe={tmp_path / 'mine.yaml'}", "train.max_steps=1"]).config.run.dir == "w192"
 
 
 def computed():
