@@ -1,12 +1,15 @@
 """What a person sees, and trackers that cannot hurt a run."""
 
+import errno
 import json
 import os
 import socket
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mixtral import MixtralConfig
@@ -49,6 +52,47 @@ def test_a_single_logged_step_can_be_drawn(tmp_path):
     plots.draw_loss([row(1)], tmp_path / "loss.png")
     plots.draw_expert_load([row(1)], tmp_path / "load.png")
     plots.draw_router([row(1)], tmp_path / "router.png")
+
+
+def test_of_a_long_run_a_bounded_number_of_rows_is_parsed_and_drawn_from_its_first_to_its_last(tmp_path, monkeypatch):
+    parsed, path, loads = [], tmp_path / "metrics.jsonl", json.loads
+    evaluation = {"eval_loss": 8.0, "eval_perplexity": 3000.0}
+    rows = [{"step": 0, **evaluation}, *(row(step) | (evaluation if step % 3 == 0 else {}) for step in range(1, 9001))]
+    monkeypatch.setattr(plots.json, "loads", lambda line: parsed.append(line) or loads(line))
+    for length, most in ((1500, 1500), (9000, 2 * plots.MOST + 2)):
+        parsed.clear()
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:length]))
+        read = plots.read_metrics(path)
+        assert len(parsed) == len(read) <= most
+        assert read == [rows[one["step"]] for one in read]
+        evaluated = [one["step"] for one in read if "eval_loss" in one]
+        trained = [one["step"] for one in read if "loss" in one]
+        assert (evaluated[0], evaluated[-1]) == (0, (length - 1) // 3 * 3)
+        assert (trained[0], trained[-1]) == (1, length - 1)
+        assert min(len(evaluated), len(trained)) >= min(length // 3, plots.MOST // 2)
+    assert max(after - before for before, after in pairwise(evaluated)) <= 3 * 8
+    plots.draw(SimpleNamespace(metrics_path=path, path=tmp_path))
+    assert {one.name for one in (tmp_path / "plots").iterdir()} == {"loss.png", "expert_load.png", "router.png"}
+
+
+def test_a_picture_that_the_disk_does_not_take_ends_no_run_and_is_said_once(corpus, tmp_path, capsys, monkeypatch):
+    """The pictures of the first evaluation are whole, the rest is cut off."""
+    save, saved = Figure.savefig, []
+
+    def savefig(figure, target, **options):
+        saved.append(target)
+        save(figure, target, **options)
+        if len(saved) > 3:
+            os.truncate(target, 1000)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    words = [f"data.path={corpus}", "evaluate.every=1", "run.plots=true", "tracker=tensorboard"]
+    assert run_small(tmp_path, *words) == 0
+    assert capsys.readouterr().out.count("pictures were not drawn (OSError: [Errno 28] No space left on device") == 1
+    assert len(saved) == 3 + 3
+    assert imread(tmp_path / "plots" / "loss.png")[..., :3].std() > 0.02
+    assert len(list((tmp_path / "plots").iterdir())) == 3
 
 
 def test_off_a_terminal_progress_is_plain_lines(capsys):

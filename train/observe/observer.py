@@ -37,6 +37,7 @@ class Observer:
         self._flops_per_token = model.training_flops_per_token(config.data.sequence_length)
         self._in_bf16 = config.train.precision == "bf16"
         self._pictures = folder if config.run.plots else None
+        self._undrawn = False
         self._metrics = folder.open_metrics() if folder else None
         self._progress = Progress(max_steps) if folder else None
         self._alarm = CollapseAlarm(model.num_experts_per_tok)
@@ -96,7 +97,7 @@ class Observer:
             for line in lines:
                 self._progress.say(line)
             if "eval_loss" in row and step > 0 and self._pictures:
-                draw(self._pictures)
+                self._draw(self._pictures)
         if self._tracker:
             self._tracker.log(row)
 
@@ -156,13 +157,15 @@ class Observer:
             with contextlib.suppress(OSError):  # of a line that the disk did not take
                 self._metrics.close()
         if self._pictures and kind is not None and "loss" in self.last:
-            self._draw_what_there_is(self._pictures)
+            self._draw(self._pictures)
         if self._tracker:
             self._tracker.finish(failed=kind is not None)
 
-    def _draw_what_there_is(self, folder: RunFolder) -> None:
-        """Draws the pictures of a run that ends early; were it to fail, that must not hide why the run ended."""
+    def _draw(self, folder: RunFolder) -> None:
+        """Draws the pictures; were that to fail, it must not end a run or hide why it ended, and is said once."""
         try:
             draw(folder)
         except Exception as error:
-            print(f"the pictures were not drawn ({type(error).__name__}: {error})")
+            if not self._undrawn:
+                self.say(f"WARNING: the pictures were not drawn ({type(error).__name__}: {error})")
+            self._undrawn = True

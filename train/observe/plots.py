@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from train.folder import RunFolder
 
+BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8, "frameon": False}
 FEW = 8  # layers whose lines all have a name
+MOST = 1000  # rows of a kind that are drawn, however long a run is
 
 
 def draw(folder: RunFolder) -> None:
@@ -28,9 +31,46 @@ def draw(folder: RunFolder) -> None:
         draw_router_drift(rows, target / "router_drift.png")
 
 
+class _Thinned:
+    """Lines of a file, at most `MOST` of them and the last: all at first, then every second, every fourth, ..."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, bytes]] = []
+        self._last: tuple[int, bytes] | None = None
+        self._seen, self._every = 0, 1
+
+    def add(self, number: int, line: bytes) -> None:
+        """Takes a line, of which the file's number is known."""
+        self._last = (number, line)
+        if self._seen % self._every == 0:
+            if len(self._kept) == MOST:
+                self._kept, self._every = self._kept[::2], self._every * 2
+            if self._seen % self._every == 0:
+                self._kept.append(self._last)
+        self._seen += 1
+
+    def lines(self) -> dict[int, bytes]:
+        """Gives what is left, by number."""
+        return dict(self._kept if self._last is None else [*self._kept, self._last])
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Reads the rows of a metrics.jsonl; of very many a part, evenly, as well as of those that hold an evaluation."""
+    trained, evaluated = _Thinned(), _Thinned()
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            (evaluated if b'"eval_loss"' in line else trained).add(number, line)
+    return [json.loads(line) for _, line in sorted(chain(trained.lines().items(), evaluated.lines().items()))]
+
+
+def _save(figure: Any, target: Path) -> None:
+    """Writes a picture whole, or leaves the one that is there."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        figure.savefig(partial, dpi=110, format="png")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
@@ -58,13 +98,13 @@ def draw_loss(rows: list[dict[str, Any]], target: Path) -> None:
     )
     is_classifier = evaluated and "eval_perplexity" not in evaluated[-1]
     upper.set_ylabel("loss (a row)" if is_classifier else "cross-entropy (nats per token)")
-    upper.legend()
+    upper.legend(loc="upper right")
     lower.plot(steps, [row["router_loss"] for row in trained], color="tab:green", linewidth=1.2)
     lower.set_ylabel("router loss")
     lower.set_xlabel("step")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    figure.savefig(target, dpi=110)
+    _save(figure, target)
 
 
 def draw_expert_load(rows: list[dict[str, Any]], target: Path) -> None:
@@ -96,7 +136,7 @@ def draw_expert_load(rows: list[dict[str, Any]], target: Path) -> None:
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("expert", fontsize=10)
     figure.colorbar(image, ax=axes, label="load, 1 = an equal share", extend="max", shrink=0.9)
-    figure.savefig(target, dpi=110)
+    _save(figure, target)
 
 
 def draw_router(rows: list[dict[str, Any]], target: Path) -> None:
@@ -113,18 +153,18 @@ def draw_router(rows: list[dict[str, Any]], target: Path) -> None:
         middle.plot(steps, load_SLE[:, layer].max(axis=1) * experts, **look)
     upper.axhline(math.log(experts), color="grey", linestyle=":", linewidth=1, label="no choice at all")
     upper.set_ylabel("router entropy (nats)")
-    upper.legend(fontsize=8)
+    upper.legend(**BESIDE)
     middle.axhline(1, color="grey", linestyle=":", linewidth=1)
     middle.set_ylabel("fullest expert's load\n(1 = an equal share)")
     for figure_name, words in {"cross_rank_fraction": "cross processes", "dropped_fraction": "dropped"}.items():
         lower.plot(steps, [row[figure_name] for row in logged], linewidth=1.2, label=words)
     lower.set_ylim(-0.03, 1.03)
     lower.set_ylabel("share of rows")
-    lower.legend(fontsize=8)
+    lower.legend(**BESIDE)
     lower.set_xlabel("step")
     for axes in (upper, middle, lower):
         axes.grid(alpha=0.3)
-    figure.savefig(target, dpi=110)
+    _save(figure, target)
 
 
 def draw_router_drift(rows: list[dict[str, Any]], target: Path) -> None:
@@ -139,13 +179,13 @@ def draw_router_drift(rows: list[dict[str, Any]], target: Path) -> None:
         lower.plot(steps, kl_SL[:, layer], "o-", markersize=3, **_look(layer, layers))
     upper.set_ylabel("choices that are\nstill the base's (share)")
     upper.set_ylim(top=1.005)
-    upper.legend(fontsize=8)
+    upper.legend(**BESIDE)
     lower.set_ylabel("KL(base || now)\n(nats per token)")
     lower.set_ylim(bottom=0)
     lower.set_xlabel("step")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    figure.savefig(target, dpi=110)
+    _save(figure, target)
 
 
 def _look(layer: int, layers: int) -> dict[str, Any]:
@@ -163,6 +203,6 @@ def draw_lengths(lengths: np.ndarray, sequence_length: int, target: Path) -> Non
     axes.axvline(sequence_length, color="tab:orange", label=f"a row, {sequence_length:,} tokens")
     axes.set_xlabel("tokens")
     axes.set_ylabel("documents")
-    axes.legend()
+    axes.legend(loc="upper right")
     axes.grid(alpha=0.3)
-    figure.savefig(target, dpi=110)
+    _save(figure, target)
