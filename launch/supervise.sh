@@ -7,6 +7,7 @@ folder=
 for word in "$@"; do
   if [[ $word == run.dir=* ]]; then folder=${word#run.dir=}; fi
 done
+if [[ $folder == "~/"* ]]; then folder=$HOME/${folder:2}; fi # as the run reads it
 [ -n "$folder" ] || { echo "error: run.dir=FOLDER is needed: a restart goes on in the same folder" >&2; exit 2; }
 
 started=$(mktemp)

@@ -15,6 +15,8 @@ from train.checkpoint.find import read_name
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
+JOB = {"SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_NODELIST": "host", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+JOB |= {"SLURM_CPUS_PER_TASK": "64"}
 
 
 def stub(folder, name, script):
@@ -105,10 +107,38 @@ def test_a_slurm_job_queues_itself_again_where_that_is_of_use(tmp_path, code, re
     writes = "" if code is None else f"echo '{json.dumps({'code': code})}' > {folder}/exit.json; "
     stub(tmp_path / "bin", "srun", f"{writes}exit {min(1, 1 if code is None else code)}")
     stub(tmp_path / "bin", "scontrol", f'if [ "$1" = requeue ]; then echo "$2" > {tmp_path}/queued; else echo host; fi')
-    environment = {"SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_NODELIST": "host", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
-    environment |= {"SLURM_CPUS_PER_TASK": "64", "SLURM_RESTART_COUNT": str(restarted)}
+    environment = JOB | {"SLURM_RESTART_COUNT": str(restarted)}
     environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     script = ["bash", ROOT / "launch/slurm.sbatch", f"run.dir={folder}"]
     done = subprocess.run(script, env=os.environ | environment, capture_output=True, text=True)
     assert (done.returncode == 0) == (code == 0), done.stderr
     assert (tmp_path / "queued").exists() == queued
+
+
+@pytest.mark.parametrize("script", ["supervise.sh", "slurm.sbatch"])
+def test_a_folder_below_home_is_looked_for_where_the_run_has_it(tmp_path, script):
+    (tmp_path / "run").mkdir()
+    for name in ("torchrun", "srun"):
+        stub(
+            tmp_path / "bin",
+            name,
+            f"echo >> {tmp_path}/log; sleep 0.05; echo '{{\"code\": 3}}' > ~/run/exit.json; exit 1",
+        )
+    stub(tmp_path / "bin", "scontrol", f"echo $1 >> {tmp_path}/asked; echo host")
+    environment = os.environ | JOB | {"PROCESSES": "1", "RESTARTS": "2", "HOME": str(tmp_path)}
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+    done = subprocess.run(["bash", ROOT / "launch" / script, "run.dir=~/run"], env=environment)
+    assert done.returncode == 3
+    assert (tmp_path / "log").read_text() == "\n"
+    assert script == "supervise.sh" or (tmp_path / "asked").read_text() == "show\n"
+
+
+def test_a_checkpoint_below_home_lets_the_count_of_deaths_begin_anew(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    saves = f'[ "$(wc -l < {tmp_path}/log)" = 2 ] && echo step-00000001 > ~/run/checkpoints/latest'
+    stub(tmp_path / "bin", "torchrun", f"echo >> {tmp_path}/log; {saves}; exit 1")
+    environment = os.environ | {"PROCESSES": "1", "RESTARTS": "2", "HOME": str(tmp_path)}
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+    done = subprocess.run(["bash", ROOT / "launch/supervise.sh", "run.dir=~/run"], env=environment)
+    assert done.returncode == 1
+    assert len((tmp_path / "log").read_text()) == 2 + 2
