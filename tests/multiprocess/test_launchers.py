@@ -1,5 +1,6 @@
 """Every launcher starts the same run, and what is wrong with a launch is said once, in time."""
 
+import os
 import re
 import shutil
 import socket
@@ -89,6 +90,30 @@ def test_scripts_are_sound_and_say_what_they_are(script):
     for piece in (text, *re.findall(r"bash -c '(.*)'", text)):
         checked = subprocess.run(["bash", "-n"], input=piece, capture_output=True, text=True)
         assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("processes", "hosts", "several"), [("1", "1", False), ("2", "1", True), ("1", "2", True)])
+def test_accelerate_is_told_of_several_processes_where_there_are(tmp_path, processes, hosts, several):
+    (tmp_path / "accelerate").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script = ["bash", str(ROOT / "launch/accelerate.sh")]
+    done = launch(script, "recipe=demo", PATH=path, PROCESSES=processes, HOSTS=hosts, FIRST_HOST="a")
+    assert (done.returncode, done.stderr) == (0, "")
+    words = done.stdout.split()
+    assert words[0] == "launch"
+    assert words[-1] == "recipe=demo"
+    assert ("--multi_gpu" in words) == several
+    assert words[words.index("--num_processes") + 1] == str(int(processes) * int(hosts))
+
+
+@pytest.mark.slow
+def test_accelerate_starts_a_lone_process(one_process, corpus, tmp_path):
+    words = [*SMALL, "train.max_steps=3", "train.micro_batch_size=8", f"data.path={corpus}"]
+    environment = {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}", "PROCESSES": "1"}
+    done = launch(["bash", str(ROOT / "launch/accelerate.sh")], *words, f"run.dir={tmp_path / 'run'}", **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same_figures(tmp_path / "run", one_process)
 
 
 def test_the_slurm_script_has_one_command_for_each_node():
