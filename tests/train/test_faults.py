@@ -163,6 +163,47 @@ def test_what_is_planted_with_a_right_hash_runs_no_code_and_ends_with_four(case,
     assert not (tmp_path / "planted-by-a-pickle").exists()
 
 
+STATES = {
+    "an empty file": ("", "JSONDecodeError"),
+    "no JSON": ("{" * 9, "JSONDecodeError"),
+    "nests without end": ("[" * 100_000, "RecursionError"),
+    "a list": ("[]", "step is missing, or not of its kind"),
+    "a step alone": ('{"step": 8}', "rows_per_step is missing, or not of its kind"),
+}
+WRONG = {
+    "step": "8",
+    "updates": True,
+    "processes": 2,
+    "random": [{}, 1],
+    "parameters": {"a": [1, "2"]},
+    "parts": {"a": 1},
+}
+WRONG |= {"frozen": None, "data": {"sha256": []}, "tracker_id": 7, "config": {"run": None}, "versions": ["torch"]}
+
+
+@pytest.mark.parametrize("case", [*STATES, *WRONG])
+def test_a_state_that_is_none_is_damage_though_its_hash_be_right(case, engine, died, capsys):
+    newest = died / "checkpoints" / "step-00000008"
+    content, message = STATES.get(case, ("", "damaged: "))
+    if case in WRONG:
+        content = json.dumps(read_json(newest / "state.json") | {case: WRONG[case]})
+    plant(newest, "state.json", content.encode())
+    assert find(engine, died / "checkpoints", "auto").folder.name == "step-00000006"
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(said) == 1
+    assert message in said[0]
+
+
+def test_a_lone_checkpoint_whose_state_is_none_ends_with_four(died, corpus):
+    for step in (3, 6):
+        shutil.rmtree(died / "checkpoints" / f"step-{step:08d}")
+    plant(died / "checkpoints" / "step-00000008", "state.json", b'{"step": 8}')
+    assert run_small(died, f"data.path={corpus}", *STEPS) == 4
+    said = read_json(died / "exit.json")["message"]
+    assert "state.json is damaged: rows_per_step is missing" in said
+    assert "the only checkpoint is damaged" in said
+
+
 def test_paths_out_of_the_folder_and_links_are_refused_by_name(engine, died, tmp_path, capsys):
     root = died / "checkpoints"
     newest, outside = root / "step-00000008", tmp_path / "outside"

@@ -5,7 +5,8 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from train.checkpoint.durable import Written, check_file
 from train.errors import CheckpointError
@@ -14,6 +15,17 @@ FORMAT = 1
 NAME, STATE = "manifest.json", "state.json"
 LARGEST_BYTES = 100_000_000  # of a JSON file
 _FOLDER = re.compile(r"step-(\d{8,})")
+_KINDS: dict[str, Any] = {  # of what is in `state.json`
+    **dict.fromkeys(("step", "rows_per_step", "processes", "updates"), int),
+    "parameters": dict[str, list[int]],
+    "frozen": dict[str, str],
+    "data": dict[str, int | str] | None,
+    "random": list[dict[str, str]],
+    "parts": dict[str, dict[str, object]],
+    "tracker_id": str,
+    "config": dict[str, dict[str, object]],
+    "versions": dict[str, str],
+}
 _FILE = re.compile(r"state\.json|rank-\d{5,}\.safetensors")
 
 
@@ -86,12 +98,38 @@ def check_folder(folder: Path, index: int = 0, count: int = 1) -> None:
     for number, (name, expected) in enumerate(read_manifest(folder).items()):
         if number % count == index:
             check_file(folder, name, expected)
+            if name == STATE:
+                read_state(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads `state.json` of a checkpoint that was checked."""
-    state: dict[str, Any] = json.loads(read_text(folder / STATE))
+    """Reads `state.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: when it does not hold what a checkpoint of that step does, though its hash be right.
+    """
+    path = folder / STATE
+    try:
+        state = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r})") from None
+    for name, kind in _KINDS.items():
+        if not isinstance(state, dict) or name not in state or not _is_of(state[name], kind):
+            raise CheckpointError(f"{path} is damaged: {name} is missing, or not of its kind")
+    if state["step"] != step_of(folder.name) or len(state["random"]) != state["processes"]:
+        raise CheckpointError(f"{path} is damaged: it is of another step or number of processes than it says")
     return state
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file is of a kind, and what is in it too."""
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    outer = get_origin(kind) or kind
+    if not isinstance(value, outer) or (outer is int and isinstance(value, bool)):
+        return False
+    items = value.values() if outer is dict else value if outer is list else ()
+    return all(_is_of(item, get_args(kind)[-1]) for item in items)
 
 
 def read_text(path: Path) -> str:
