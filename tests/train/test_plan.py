@@ -206,6 +206,15 @@ def test_skew_costs_memory_and_time_only_where_experts_are_split():
     assert (one.mean, one.layer) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sums_in_fp32_and_gradients_in_bf16_of_a_later_pass_are_there_at_once(processes):
+    words = ("train.precision=bf16", "train.max_steps=1", "data.path=x")
+    for passes, each in ((1, 2), (2, 6)):
+        layout = planned(*words, f"train.gradient_accumulation_steps={passes}", processes=processes)
+        found = memory_of(layout, EVEN).moments["backward, first layer"]["gradients"]
+        assert found == pytest.approx(each * layout.trained_here, rel=0.2)
+
+
 def test_the_load_of_a_run_is_read_by_ranks_and_percentiles(tmp_path):
     even, all_on_one = [[0.25] * 4] * 2, [[1.0, 0.0, 0.0, 0.0], [0.25] * 4]
     rows = [{"step": step, "expert_load": all_on_one if step == 7 else even} for step in range(1, 101)]
