@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     On a GPU it is one kernel of torch's, which rounds once, after the weight, and else eight.
     """
-    if x.is_cuda and x.dtype == weight.dtype:
+    if x.is_cuda and x.dtype == weight.dtype and not torch.is_autocast_enabled("cuda"):  # which would have it in fp32
         return F.rms_norm(x, weight.shape, weight, eps)
     if not torch.is_grad_enabled():
         return reference(x, weight, eps)

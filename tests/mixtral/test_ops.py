@@ -327,6 +327,8 @@ def test_on_a_gpu_the_norm_is_one_kernel_and_keeps_its_input_and_a_number_a_row(
     with kept_tensors() as kept, Counted() as counted:
         out = norm.rms_norm(x, weight, 1e-5)
     assert counted.names == {"_fused_rms_norm": 1}
+    with torch.autocast("cuda", torch.bfloat16):
+        assert norm.rms_norm(x, weight, 1e-5).dtype == dtype
     assert sorted(tensor.numel() for tensor in kept) == [1000, 4096, x.numel()]
     expected = norm.reference(*exact, 1e-5)
     found = [out, *torch.autograd.grad(out, inputs, upstream)]
