@@ -113,7 +113,7 @@ def inherit_adapter(lora: LoraConfig, explicit: Collection[str], *, classifier: 
                 f"lora.{name}={mine}, but lora.init_from={source} has {getattr(theirs, name)}: leave the key out"
             )
     mine = dataclasses.replace(theirs, alpha=lora.alpha, rslora=lora.rslora)
-    is_scaled = "lora.alpha" in explicit or ("lora.rslora" in explicit and lora.rslora)
+    is_scaled = "lora.alpha" in explicit or ("lora.rslora" in explicit and lora.rslora != theirs.rslora)
     if is_scaled and not math.isclose(scale_of(mine), scale):
         raise ConfigError(
             f"lora.alpha={lora.alpha}{' with lora.rslora' * lora.rslora} scales adapters by {scale_of(mine):g}, but "

@@ -258,6 +258,8 @@ def describe(folder, **changes):
         ({}, ["lora.rank=8"], 2, "lora.rank=8, but lora.init_from=.* has 4"),
         ({}, ["lora.alpha=16"], 2, "lora.alpha=16.0 scales adapters by 4, but .* has 2"),
         ({"use_rslora": True}, ["lora.alpha=8"], 2, "scales adapters by 2, but .* has 4"),
+        ({"use_rslora": True}, ["lora.rslora=false"], 2, "scales adapters by 8, but .* has 4: leave the key out"),
+        ({"use_rslora": True}, ["lora.rslora=true"], 4, "holds no adapter"),
         ({}, ["lora.rslora=true"], 2, "with lora.rslora scales adapters by 16, but .* has 2: leave the keys out"),
         ({"target_modules": ["q_proj", "w1"]}, [], 4, "adapts w1, expected"),
         ({"target_modules": ["embed_tokens"]}, [], 4, "adapts embed_tokens, expected"),
