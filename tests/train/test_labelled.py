@@ -212,6 +212,7 @@ BAD = {
         "'fog' is none of rain, sun, wind",
     ),
     "label out of range": ({"text": "a", "label": 3}, ["data.labels=[rain,sun,wind]"], "the 3 labels from 0 on"),
+    "unknown label  ": ({"text": "a", "label": "1" * 5000}, ["data.labels=[rain,sun,wind]"], "is none of rain, sun"),
     "unknown label ": (
         {"text": "a", "label": 3},
         ["data.labels=[sun,rain,wind,1]"],

@@ -31,6 +31,7 @@ from train.data.templates import Sample
 from train.errors import ConfigError, DataError
 
 WINDOW = 8  # steps whose rows are sorted by length together
+LONGEST_NUMBER = 19  # digits of what may be a label's index; Python does not even read thousands of them
 SEEN = 1000  # rows of a stream, whose labels are named where none are given
 
 
@@ -147,7 +148,7 @@ def _several(label: Any) -> list[Any]:
 
 def _is_number(label: str | int) -> bool:
     """Says whether a label is a number, as the text of a CSV may be."""
-    return isinstance(label, int) or label.strip().isdecimal()
+    return isinstance(label, int) or (len(label) < LONGEST_NUMBER and label.strip().isdecimal())
 
 
 def _is_numeric(name: str) -> bool:
