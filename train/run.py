@@ -47,8 +47,8 @@ def training(engine: Engine, folder: RunFolder | None, config: Config) -> str:
     max_steps = number_of_steps(config, data, engine.world_size, checkpoints.step)
     model = trainable_model(config, model_config(config.model, tokenizer, data.labels))
     drift = begin(engine, model, checkpoints, config, data)
+    engine.on_main(folder.accept if folder else lambda: None)
     if folder:
-        folder.accept()
         print(header(config, model.config, str(data), max_steps, engine.world_size, engine.device.type))
     tracker = open_tracker(config.tracker, folder) if folder else None
     with Observer(folder, tracker, max_steps, model.config, config) as observer, checkpoints.finished():

@@ -1,6 +1,7 @@
 """What a run needs before its data: quiet libraries, signals as errors, a run folder, the number of steps."""
 
 import contextlib
+import copy
 import logging
 import os
 import signal
@@ -97,7 +98,8 @@ def choose_folder(engine: Engine, composed: Composed) -> RunFolder | None:
         folder = RunFolder(Path(folder_name(composed)).expanduser().resolve(), composed.config)
         composed.config.run.dir = str(folder.path)
         _refuse_another(folder, composed.config)
-        folder.once_accepted(lambda: folder.describe(composed, engine.world_size, _device_name(engine.device)))
+        given = copy.deepcopy(composed)  # before hub ids become folders
+        folder.once_accepted(lambda: folder.describe(given, engine.world_size, _device_name(engine.device)))
         opened.append(folder)
         return str(folder.path)
 

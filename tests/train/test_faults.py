@@ -23,6 +23,7 @@ from train.checkpoint.durable import Written
 from train.checkpoint.find import find
 from train.checkpoint.manifest import render
 from train.checkpoint.preemption import Preemption
+from train.cli import main
 from train.config import Config, TrainConfig
 from train.errors import StopSignal
 from train.parallel.replicated import ReplicatedEngine
@@ -289,6 +290,39 @@ def test_allowed_changes_are_listed_and_a_longer_run_goes_on_from_a_finished_one
     assert [row["step"] for row in rows] == list(range(11))
     assert (tmp_path / "longer" / "export-before-step-00000008" / "model.safetensors").exists()
     assert read_json(tmp_path / "longer" / "summary.json")["steps"] == 10
+
+
+def test_a_run_from_a_hub_id_goes_on_as_often_as_it_ends_and_its_recipe_keeps_the_id(
+    finished, corpus, tmp_path, monkeypatch
+):
+    for module in ("train.data.hub", "train.model"):
+        monkeypatch.setattr(f"{module}.download", lambda *_: finished / "export")
+    small = [word for word in SMALL if not word.startswith("model.")]
+    words = [*small, "model.init_from=someone/model@v1", f"data.tokenizer={finished / 'export'}", f"data.path={corpus}"]
+    for steps in (1, 2, 3):
+        assert (
+            main(["train", *words, "checkpoint.every=1", f"train.max_steps={steps}", f"run.dir={tmp_path / 'run'}"])
+            == 0
+        )
+        assert "init_from: someone/model@v1" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_run_that_may_go_on_and_cannot_write_that_it_does_ends_with_six(died, corpus, capsys):
+    (died / ".environment.json.partial").mkdir()
+    (died / "exit.json").unlink(missing_ok=True)
+    assert run_small(died, f"data.path={corpus}", *STEPS, "train.max_steps=9") == 6
+    assert ".environment.json.partial: Is a directory" in capsys.readouterr().err
+
+
+def test_a_state_whose_parts_lack_what_they_hold_ends_with_four(died, corpus, capsys):
+    for name in ("step-00000003", "step-00000006"):
+        shutil.rmtree(died / "checkpoints" / name, ignore_errors=True)
+    newest = died / "checkpoints" / "step-00000008"
+    state = read_json(newest / "state.json")
+    state["parts"]["figures"] = {}
+    plant(newest, "state.json", json.dumps(state).encode(), step=8)
+    assert run_small(died, f"data.path={corpus}", *STEPS, "train.max_steps=9") == 4
+    assert "is damaged: its part figures (KeyError('steps'))" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_other_versions_is_gone_on_from_with_a_warning(died, finished, corpus, capsys):

@@ -230,7 +230,10 @@ class Checkpoints:
         self._parts |= parts
         for name, part in parts.items():
             if self._found is not None and name in self._found.state["parts"]:
-                part.restore(self._found.state["parts"][name])
+                try:
+                    part.restore(self._found.state["parts"][name])
+                except (LookupError, TypeError, ValueError) as error:
+                    raise CheckpointError(f"{self._found.folder} is damaged: its part {name} ({error!r})") from None
 
     def seed(self, seed: int) -> None:
         """Seeds this process's random numbers, or sets them to where they were.
