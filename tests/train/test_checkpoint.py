@@ -183,9 +183,10 @@ def test_what_is_written_is_hashed_and_read_back_whole(tmp_path, monkeypatch, ch
 
 
 @pytest.mark.slow
-def test_trackers_see_one_run_whose_steps_come_once(tmp_path, corpus):
+def test_trackers_see_one_run_whose_steps_come_once(tmp_path, corpus, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr("train.observe.trackers.IMPATIENT_SECONDS", 60.0)  # of a busy machine
     for tracker in ("wandb", "tensorboard"):
         words = [*STEPS, f"data.path={corpus}", f"tracker={tracker}", f"run.dir={tmp_path / tracker}"]
         assert [run(words, dies_at=5), run(words)] == [99, 0]
