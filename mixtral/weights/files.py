@@ -218,20 +218,17 @@ def pickle_header(path: Path) -> dict[str, Stored]:
         WeightsError: for code, a damaged or compressed archive, or tensors that are not row-major.
     """
     try:
-        return _pickled(path)
-    except (WeightsError, OSError):
+        with FakeTensorMode():  # tensors without data, which know their place in the file
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+    except (OSError, MemoryError):  # of the machine
         raise
-    except Exception as error:  # a damaged one makes torch and zipfile raise what it likes
+    except Exception as error:  # a byte changed in what describes tensors has torch's reader fail as any code may
         code = re.search(r"GLOBAL (\S+)", str(error))  # torch's own words advise to run it
-        reason = f"it asks for {code[1]}" if code else "it is damaged, or of the format before PyTorch 1.6"
+        damaged = f"it is damaged, or of the format before PyTorch 1.6 ({type(error).__name__})"
+        reason = f"it asks for {code[1]}" if code else damaged
         raise WeightsError(f"{path} cannot be read as plain tensors, and nothing in it was run: {reason}") from None
-
-
-def _pickled(path: Path) -> dict[str, Stored]:
-    with FakeTensorMode():  # tensors without data, which know their place in the file
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    with zipfile.ZipFile(path) as archive:
-        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
     starts = [record.header_offset for record in records]
@@ -248,7 +245,7 @@ def _pickled(path: Path) -> dict[str, Stored]:
         storage = tensor.untyped_storage()
         start = storage._checkpoint_offset
         if start is None or tensor.is_neg():
-            raise WeightsError(f"tensor {name} in {path} holds no numbers, or their opposites, expected those it is of")
+            raise WeightsError(f"tensor {name} in {path} is on no device, or a negative view, expected its own numbers")
         record = records[bisect_right(starts, start) - 1]
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != storage.nbytes():
             raise WeightsError(f"tensor {name} in {path}: its record is damaged or compressed")
