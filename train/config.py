@@ -299,7 +299,7 @@ class TrainConfig:
     hang_seconds: float | None = key(
         1800.0,
         "of several processes, how long none of them may get on in training (no forward pass, collective or part of a "
-        "file) before they end with code 6 and name the one that hangs; null sets no limit",
+        "file) before they end with code 6 and name the one that hangs; null leaves it to the collectives' 20 days",
         above=0,
     )
 

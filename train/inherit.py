@@ -137,7 +137,7 @@ MEANINGLESS = {  # for what a finished adapter adds
     *("revision", "runtime_config", "megatron_config", "megatron_core", "qalora_group_size", "eva_config"),
 }
 PLAIN_STARTS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal")
-"""What `init_lora_weights` may be; PEFT changes the weights that are adapted by the others, whenever it reads one."""
+"""What `init_lora_weights` may be; others, such as pissa and olora, change the adapted weights when PEFT reads one."""
 
 
 def _read_adapter(source: str, *, classifier: bool) -> LoraConfig:

@@ -28,7 +28,7 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Equals `reference`; backward needs the input, and the scale of each row; it can be differentiated once.
 
-    On a GPU it is one kernel of torch's, which rounds once, after the weight, and else eight.
+    On a GPU it is one kernel of torch's in place of eight, and rounds once, after the weight.
     """
     if x.is_cuda and x.dtype == weight.dtype and not torch.is_autocast_enabled("cuda"):  # which would have it in fp32
         return F.rms_norm(x, weight.shape, weight, eps)
