@@ -16,6 +16,7 @@ from mixtral.weights.names import hub_shapes
 from mixtral.weights.write import HubWriter, Planned, new_folder
 from train.config import Config
 from train.data.formats import as_row
+from train.generate.writing import end_marks
 from train.lora import adapter_of
 from train.merge import main
 from train.model import head_of, write_config
@@ -82,6 +83,7 @@ def export(
 
     Raises:
         MachineError: on every process, when it cannot be written.
+        CheckpointError: likewise, when what the base's folder says of generation can no longer be read.
     """
     pieces = exported_pieces(engine, config)
 
@@ -110,9 +112,10 @@ def _write(
     with new_folder(target) as folder:
         write_pieces(folder, config, engine.module.config, pieces, engine.dtype)
         if head_of(engine.module.config) == "lm_head":
+            ends = end_marks(tokenizer, config.model.init_from)
             GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends[0] if len(ends) == 1 else ends or None,
                 pad_token_id=tokenizer.pad_token_id,
             ).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -143,10 +143,10 @@ def open_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompts 
         CheckpointError: when what the model's folder says of generation cannot be read.
     """
     path, answer_tokens = config.evaluate.prompts, config.evaluate.answer_tokens
+    ends = [] if config.data.format in PROBLEMS else end_marks(tokenizer, config.model.init_from)  # of the export too
     if path is None:
         return None
     encoder = Encoder(tokenizer, config.data, config.model.vocab_size)
-    ends = end_marks(tokenizer, config.model.init_from)
     prompts = Prompts(path, encoder, config.model.max_position_embeddings, answer_tokens, ends)
     prompts.check_metric(config.evaluate.metric)
     return prompts

@@ -226,6 +226,18 @@ def test_the_end_marks_that_a_models_folder_names_end_an_answer_in_every_evaluat
     words += [f"model.init_from={folders['a']}", "train.max_steps=1", f"run.dir={tmp_path / 'trained'}"]
     assert main(["train", *FREE, *words]) == 0
     assert metrics(tmp_path / "trained")[0]["eval_exact_match"] == 1
+    exported = transformers.GenerationConfig.from_pretrained(tmp_path / "trained" / "export")
+    assert exported.eos_token_id == [2, written[end]]
+    assert transformers.GenerationConfig.from_pretrained(models["a"]).eos_token_id == 2
+
+
+def test_generation_settings_that_cannot_be_read_end_a_run_before_its_first_step(tmp_path, corpus, models, capsys):
+    folder = shutil.copytree(models["a"], tmp_path / "a")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [')
+    words = [*FREE, f"data.path={corpus}", f"model.init_from={folder}", f"run.dir={tmp_path / 'run'}"]
+    assert main(["train", *words]) == 4
+    assert f"{folder / 'generation_config.json'} cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_messages_are_written_by_the_chat_template(tmp_path, corpus, models):
