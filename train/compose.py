@@ -25,6 +25,7 @@ LISTS = ("lora.targets", "train.only")  # words with commas between, which may b
 UNNAMED = "DATA"  # what a configuration reads where nothing was named
 WRITTEN = "# Written by a run: every text is as it stands; without this line, ${...} is what it is in other recipes.\n"
 _QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1)[^\\])*\1""", re.DOTALL)  # by the user, as Hydra reads it
+_ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]*?)\s*,""", re.DOTALL)  # of a list or map
 
 
 @dataclass(frozen=True)
@@ -160,16 +161,34 @@ def _check_words(words: Sequence[str]) -> list[str]:
 
 
 def _quoted(word: str) -> str:
-    """Quotes the value of a key that holds text, so that no character of it means anything to Hydra."""
+    """Quotes the value of a key that holds text, or texts, so that no character of it means anything to Hydra."""
     name, _, value = word.partition("=")
     if name in LISTS and (listed := re.fullmatch(r"\[([^][]*)\]", value)):
         value = re.sub("[\"' ]", "", listed.group(1))
         word = f"{name}={value}"
-    is_text = any(item.name == name and item.type in (str, str | None) and not item.choices for item in keys())
-    if not is_text or value == "null" or _QUOTED.fullmatch(value):
-        return word
+    kind = next((item.type for item in keys() if item.name == name and not item.choices), None)
+    if kind in (str, str | None) and value != "null":
+        return f"{name}={_as_text(value)}"
+    if kind == list[str] and (items := _items(value, "[]")):
+        return f"{name}=[{','.join(map(_as_text, items))}]"
+    pairs = [item.partition(":") for item in _items(value, "{}")] if kind == dict[str, str] else []
+    if pairs and all(mark for _, mark, _ in pairs):
+        return f"{name}={{{','.join(f'{key}:{_as_text(text.strip())}' for key, _, text in pairs)}}}"
+    return word
+
+
+def _items(value: str, brackets: str) -> list[str]:
+    """Parts what stands in brackets by the commas outside of quotes; gives nothing where there is no such thing."""
+    found: list[str] = _ITEM.findall(value[1:-1] + ",") if value[:1] + value[-1:] == brackets else []
+    return found if all(found) else []
+
+
+def _as_text(value: str) -> str:
+    """Quotes a text that the user has not."""
+    if _QUOTED.fullmatch(value):
+        return value
     escaped = re.sub(r'(\\+)(?="|\Z)', r"\1\1", _literal(value)).replace('"', '\\"')
-    return f'{name}="{escaped}"'
+    return f'"{escaped}"'
 
 
 def _literal(value: Any) -> Any:

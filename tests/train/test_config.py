@@ -206,6 +206,23 @@ def test_text_needs_no_quotes_of_its_own_and_repeats_itself(value, tmp_path):
     assert compose([f"recipe={tmp_path / 'again.yaml'}"]).config == config
 
 
+def test_texts_of_lists_and_maps_need_no_quotes_either(tmp_path):
+    values = [text for text in TEXTS if text and not {",", '"', "\n"} & set(text)] + ["a:b", "it's", "one two"]
+    words = [f"evaluate.compare=[ {' ,'.join(values)},'x, y']", "data.columns={text: 1e3 , completion:on,prompt: a:b}"]
+    config = compose(["recipe=demo", *words]).config
+    assert config.evaluate.compare == [*values, "x, y"]
+    assert config.data.columns == {"text": "1e3", "completion": "on", "prompt": "a:b"}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert compose([f"recipe={tmp_path / 'again.yaml'}"]).config == config
+
+
+def test_what_is_no_list_or_map_of_texts_is_refused_or_empty():
+    assert compose(["recipe=demo", "evaluate.compare=[]", "data.columns={}"]).config.evaluate.compare == []
+    for word in ("evaluate.compare=[a,,b]", "evaluate.compare=a", "data.columns={text}", "data.columns=[text: a]"):
+        with pytest.raises(ConfigError, match=word.partition("=")[0]):
+            compose(["recipe=demo", word])
+
+
 def test_what_the_user_or_a_recipe_writes_for_hydra_is_still_its_own(tmp_path):
     config = compose(["recipe=demo", "run.dir=null", "data.path='a \"b\"'"]).config
     assert (config.run.dir, config.data.path) == (None, 'a "b"')
