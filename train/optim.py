@@ -126,6 +126,7 @@ class MasterWeights:
 
     Attributes:
         by_name: the copies, by parameter name.
+        pairs: of a parameter and its copy, in the model's order.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -134,21 +135,33 @@ class MasterWeights:
             name: parameter.detach().to(torch.float32, copy=True).requires_grad_()
             for name, parameter in trained.items()
         }
-        self._pairs = [(parameter, self.by_name[name]) for name, parameter in trained.items()]
+        self.pairs = [(parameter, self.by_name[name]) for name, parameter in trained.items()]
+        self._of = dict(self.pairs)
 
     def collect_gradients(self) -> None:
         """Adds the model's gradients to those of the copies."""
-        for pair in self._pairs:
-            _collect(*pair)
+        for parameter, _ in self.pairs:
+            self.collect(parameter)
+
+    def collect(self, parameter: nn.Parameter) -> None:
+        """Adds a parameter's gradient, if it has one, to that of its copy, and lets go of it."""
+        master = self._of[parameter]
+        if parameter.grad is None:
+            return
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
 
     @property
     def has_collected(self) -> bool:
         """Whether the copies have gradients."""
-        return any(master.grad is not None for _, master in self._pairs)
+        return any(master.grad is not None for _, master in self.pairs)
 
     def gradients(self) -> list[Tensor]:
         """Gives the gradients, of the copies or of the model, wherever they are."""
-        pairs = [[one.grad for one in pair if one.grad is not None] for pair in self._pairs]
+        pairs = [[one.grad for one in pair if one.grad is not None] for pair in self.pairs]
         return [gradient for pair in pairs for gradient in pair]
 
     def parts(self) -> Iterator[list[Tensor]]:
@@ -159,10 +172,10 @@ class MasterWeights:
         """
         most = math.inf if self.has_collected else PART
         part: list[Tensor] = []
-        for number, (parameter, master) in enumerate(self._pairs, start=1):
-            _collect(parameter, master)
+        for number, (parameter, master) in enumerate(self.pairs, start=1):
+            self.collect(parameter)
             part.append(master)
-            if number == len(self._pairs) or sum(one.numel() for one in part) >= most:
+            if number == len(self.pairs) or sum(one.numel() for one in part) >= most:
                 yield part
                 for one in part:
                     one.grad = None
@@ -171,18 +184,8 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Rounds the copies into the model."""
-        for parameter, master in self._pairs:
+        for parameter, master in self.pairs:
             parameter.copy_(master)
-
-
-def _collect(parameter: Tensor, master: Tensor) -> None:
-    if parameter.grad is None:
-        return
-    if master.grad is None:
-        master.grad = parameter.grad.float()
-    else:
-        master.grad += parameter.grad
-    parameter.grad = None
 
 
 def warm_up_warning(max_steps: int, lr: float, config: ScheduleConfig) -> str | None:

@@ -76,6 +76,12 @@ def test_gradients_are_averaged_once_a_step_and_in_fp32(precision):
     assert done.stdout.splitlines()[-1] == "held"
 
 
+def test_sums_travel_in_one_order_whatever_order_they_are_computed_in():
+    done = launch_ranks(2, "tests.multiprocess.collected_worker", timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "held"
+
+
 def test_bf16_keeps_the_processes_together(run):
     words = ["train.precision=bf16", "train.max_steps=10", "train.gradient_accumulation_steps=2"]
     two = run("bf16-two", 2, *words, "train.micro_batch_size=2")

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Collection, Iterator
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from mixtral.weights.names import trained_parameters, unwrapped
 from train.config import MOMENTS, Config
 from train.errors import ConfigError, NumericsError
 from train.optim import MasterWeights, build_optimizer, global_norm
+from train.parallel.collected import Collected
 from train.parallel.engine import Engine, Kind, Model, Weights, fill
 from train.parallel.state import ReplicatedState, whole_parameters
 
@@ -44,6 +44,7 @@ class ReplicatedEngine(Engine):
         self.look_at(model)
         self._norm: Tensor | None = None
         self._masters = MasterWeights(model) if self.dtype is torch.bfloat16 else None
+        self._collected = Collected(self._masters, self.world_size) if self._masters else None
         parameters = trained_parameters(model) if self._masters is None else self._masters.by_name
         self._parameters = list(parameters.values())
         self.optimizer = build_optimizer(parameters, self._config)
@@ -64,16 +65,11 @@ class ReplicatedEngine(Engine):
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
-        if self._masters is None:
+        if self._collected is None:
+            self.accelerator.backward(loss * self.world_size)  # gradients are averaged, and ours are parts of a sum
             return
-        if not last or self.world_size > 1 or self._masters.has_collected:  # or this was the only pass
-            self._masters.collect_gradients()
-            if last and self.world_size > 1:
-                gradients = self._gradients()
-                for pending in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                    pending.wait()
-                torch._foreach_div_(gradients, self.world_size)
+        with self._collected.during(last=last):
+            self.accelerator.backward(loss)
 
     def _gradients(self) -> list[Tensor]:
         if self._masters is not None:

@@ -244,8 +244,8 @@ def _held(layout: Layout) -> Blocks:
 def _arrived(layout: Layout, arrived: list[Weight], new: list[Weight]) -> Blocks:
     """Gradients when those of some parameters have been computed, the newest ones not yet put away."""
     b, held = layout.bytes, _held(layout)
-    if layout.zero == 0 and b < FP32:  # the sums take up those of a pass when it is over
-        return held + _gradients(layout, b, arrived)
+    if layout.zero == 0 and b < FP32 and (held.total or layout.processes > 1):  # masters take each up as it comes
+        return (held if held.total else _gradients(layout, FP32, arrived)) + _gradients(layout, b, new)
     if layout.zero < 2:
         return held + _gradients(layout, b, new if held.total else arrived)
     number, elements = FP32 if layout.zero == 3 else b, sum(map(layout.here, arrived))

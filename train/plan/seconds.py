@@ -78,8 +78,8 @@ def step_of(layout: Layout, device: Device, skew: Skew) -> Step:
     parts["all-to-all"] = travel - hidden
     reduced, gathered = zero_traffic(layout, device)
     parts["ZeRO traffic"] = reduced + gathered
-    if layout.zero == 3 and device.is_gpu:  # which overlaps both with what is computed, and hides nothing else
-        behind = min(reduced + gathered, computing - hidden)
+    if layout.zero in (0, 3) and device.is_gpu:  # at 3 behind all that is computed; else behind the last pass backward
+        behind = min(reduced + gathered, computing - hidden if layout.zero == 3 else 2 / 3 * computing / passes)
         parts["ZeRO traffic"] -= behind
         hidden += behind
     parts["gradients"] = gradients(layout, device)
@@ -193,8 +193,7 @@ def zero_traffic(layout: Layout, device: Device) -> tuple[float, float]:
         trained = sum(layout.here(weight) for weight in chosen if weight.trained)
         once = (ranks - 1) / ranks / speed  # a byte from every process to one, or from one to every
         times = passes if layout.zero >= 2 else 1
-        number = layout.bytes if layout.zero == 0 and layout.bytes == FP32 else FP32
-        reduced += times * number * trained * once * (1 if layout.zero == 3 else 2)
+        reduced += times * FP32 * trained * once * (1 if layout.zero == 3 else 2)
         if layout.zero == 3:
             gathered += 2 * passes * layout.bytes * sum(map(layout.here, chosen)) * once
         elif layout.zero:
