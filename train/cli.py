@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import ConfigError, UserError, report
+from train.imports import uncollected
 from train.unread import quiet_once_unread
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _do(argv: Sequence[str] | None) -> int:
 
 def _run(verb: str, composed: "Composed", models: "dict[str, Composed]") -> int:
     """Does what a verb does with processes; returns the exit code."""
-    from train.run import run
+    with uncollected():
+        from train.run import run
 
     if verb == "verify":
         from train.verify.verb import shrink, verify
@@ -102,6 +104,7 @@ def _run(verb: str, composed: "Composed", models: "dict[str, Composed]") -> int:
     return run(composed)
 
 
+@uncollected()
 def _main_of(verb: str) -> Callable[[Sequence[str]], int]:
     """Gives what runs a verb that takes its words as they are."""
     if verb == "convert":

@@ -1,6 +1,7 @@
 """Which engine a layout takes."""
 
 from train.config import Config
+from train.imports import uncollected
 from train.parallel.engine import Engine
 from train.parallel.launcher import check_launch
 from train.quantize import library
@@ -20,6 +21,7 @@ def open_engine(config: Config) -> Engine:
         from train.parallel.replicated import ReplicatedEngine
 
         return ReplicatedEngine(config)
-    from train.parallel.zero import ZeroEngine
+    with uncollected():
+        from train.parallel.zero import ZeroEngine
 
     return ZeroEngine(config)
