@@ -232,9 +232,10 @@ def await_codes(pids: list[int]) -> tuple[int, list[int]]:
 
 
 def kill(pids: set[int], number: signal.Signals) -> None:
-    """Signals processes that have not been waited for."""
+    """Signals processes that have not been waited for. One that is stopped hears nothing, and is killed at once."""
     for pid in pids:
-        os.kill(pid, number)
+        is_stopped = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        os.kill(pid, signal.SIGKILL if is_stopped else number)
 
 
 def end_with_parent() -> None:
