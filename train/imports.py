@@ -13,11 +13,12 @@ def uncollected() -> Iterator[None]:
     That is half a million objects, which stay to the end: to look through them again and again is a fifth of a start,
     and would be a quarter of a second of each full collection later, of which a run asks for several.
     """
-    known = len(sys.modules)
+    known, collects = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
         if len(sys.modules) > known:
             gc.freeze()

@@ -24,3 +24,13 @@ def test_nothing_is_kept_where_all_was_imported_before():
         mine = [[]]
     assert gc.get_freeze_count() == before
     assert any(found is mine for found in gc.get_objects())
+
+
+def test_a_program_that_collects_nothing_itself_is_left_so():
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
