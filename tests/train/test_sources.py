@@ -1,5 +1,6 @@
 """Documents: what is read, what is refused by file and line, and what is held out."""
 
+import hashlib
 import json
 import os
 import random
@@ -15,8 +16,9 @@ from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
 from tests.train.helpers import WORDS, write_corpus
-from train.config import DataConfig
-from train.data.sources import FEATURES, load_documents, split_documents, split_stream
+from train.config import DataConfig, SourceConfig
+from train.data.build import open_documents
+from train.data.sources import as_dataset, hash_of, load_documents, split_documents, split_stream
 from train.errors import DataError, MachineError
 
 
@@ -26,8 +28,8 @@ def read(path, **changes):
 
 def documents_of(texts):
     common = {"label": None, "format": "text", "source": "book.txt", "problem": None, "part": 0}
-    rows = [{"text": text} | common for text in texts]
-    return Dataset.from_list(rows, features=FEATURES)
+    rows = [{"text": text, "hash": hash_of(text)} | common for text in texts]
+    return as_dataset(rows)
 
 
 def write(path, content):
@@ -245,6 +247,62 @@ def test_the_split_depends_on_the_texts_alone(tmp_path):
     assert set(again["text"]) == set(held_out["text"])
     assert not set(training["text"]) & set(held_out["text"])
     assert len(split_documents(documents, 0.1, 2)[1]) == 2
+
+
+def number_of(text):
+    """What is made of a text to choose by, without the code that does so."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def rows_of(count, blanks=7):
+    draw = random.Random(count)
+    return [{"text": "" if n % blanks == 1 else " ".join(draw.choices(WORDS, k=9))} for n in range(count)]
+
+
+def save(path, rows):
+    """Writes rows as what the name says, a file or a folder of `datasets`."""
+    if path.suffix:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        Dataset.from_list(rows).save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("weights", [(None, None), (3.0, 1.0)])
+@pytest.mark.parametrize("name", ["a.jsonl", "saved"])
+def test_the_texts_with_the_lowest_hashes_are_held_out(tmp_path, name, weights):
+    rows, others = rows_of(300), rows_of(50, blanks=5)
+    paths = [save(tmp_path / name, rows), save(tmp_path / "b.jsonl", others)]
+    sources = [SourceConfig(path=path, weight=weight) for path, weight in zip(paths, weights, strict=True)]
+    training, held_out = open_documents(DataConfig(path=None, sources=sources, held_out_fraction=0.1))
+    texts = sorted((row["text"] for row in rows + others if row["text"]), key=number_of)
+    assert sorted(held_out["text"], key=number_of) == texts[: round(0.1 * len(texts))]
+    assert sorted(training["text"], key=number_of) == sorted(
+        [*texts[round(0.1 * len(texts)) :], *("" for row in rows + others if not row["text"])], key=number_of
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "saved"])
+def test_a_stream_holds_out_the_texts_whose_hash_is_below_the_share(tmp_path, name):
+    rows = rows_of(300)
+    config = DataConfig(path=save(tmp_path / name, rows), streaming=True, held_out_fraction=0.1)
+    training, held_out = open_documents(config)
+    texts = [row["text"] for row in rows]
+    expected = [text for text in texts if text and number_of(text) < int(0.1 * 2**64)]
+    assert held_out["text"][:] == expected
+    assert [row["text"] for row in training] == [text for text in texts if text not in expected]
+
+
+def test_a_second_start_does_not_read_the_texts(tmp_path):
+    config = DataConfig(path=save(tmp_path / "a.jsonl", rows_of(300)), held_out_fraction=0.1)
+    documents, (_, held_out) = load_documents(config), open_documents(config)
+    kept = held_out["source"][:]
+    (cached,) = {Path(file["filename"]) for file in documents.cache_files}
+    for word in ("wind", "valley", "expert", "router", "token", "carries"):
+        cached.write_bytes(cached.read_bytes().replace(word.encode(), word.upper().encode()))
+    again = open_documents(config)[1]
+    assert "VALLEY" in "".join(again["text"])
+    assert again["source"][:] == kept
 
 
 def test_equal_texts_stay_on_one_side():

@@ -52,6 +52,7 @@ FEATURES = Features(
         "source": Value("string"),
         "problem": Value("string"),
         "part": Value("int32"),
+        "hash": Value("uint64"),
     }
 )
 Read = Callable[..., Iterator[dict[str, Any]]]
@@ -78,8 +79,8 @@ def load_documents(config: DataConfig) -> Dataset | IterableDataset:
     """Opens the documents that `data.path` or `data.sources` names.
 
     Returns:
-        A dataset of `FEATURES`: a document, the number of its source as `part`, and its `problem` if it has one that
-        is to be counted; an `IterableDataset` with `data.streaming`.
+        A dataset of `FEATURES`: a document, the number of its source as `part`, the `hash` of its text, and its
+        `problem` if it has one that is to be counted; an `IterableDataset` with `data.streaming`.
 
     Raises:
         DataError: for rows that cannot be read, naming file and line, or when there is none.
@@ -132,6 +133,11 @@ def refuse(found: list[tuple[str, str]], config: DataConfig) -> None:
     raise DataError(f"{source}: {problem}{hint}")
 
 
+def as_dataset(documents: list[dict[str, Any]]) -> Dataset:
+    """Makes a dataset of documents; `Dataset.from_list` would take their hashes for signed numbers."""
+    return Dataset(pa.Table.from_pylist(documents, schema=FEATURES.arrow_schema))
+
+
 def column(documents: Dataset, name: str) -> pa.ChunkedArray:
     """Returns one column of a dataset, in the dataset's order."""
     return documents.select_columns([name]).with_format("arrow")[:].column(name)
@@ -153,7 +159,8 @@ def split_documents(documents: Dataset, fraction: float, most: int) -> tuple[Dat
     """Divides documents into those to train on and those held out.
 
     The held-out ones are those whose text has the lowest hash: a choice that depends on nothing else, and
-    that keeps equal texts on one side. Of a single text the end is held out. Those with a problem are not held out.
+    that keeps equal texts on one side. The texts themselves are not read, since a start of every process comes by here.
+    Of a single text the end is held out. Those with a problem are not held out.
 
     Args:
         documents: all of them.
@@ -169,9 +176,7 @@ def split_documents(documents: Dataset, fraction: float, most: int) -> tuple[Dat
     usable = np.flatnonzero(column(documents, "problem").is_null().to_numpy())
     if len(usable) == 1:
         return _split_text(documents[int(usable[0])], fraction)
-    batches = documents.select_columns(["text"]).with_format("arrow").iter(1000)
-    texts = (text for batch in batches for text in batch.column("text").to_pylist())
-    hashes = np.fromiter(map(_hash, texts), dtype=np.uint64, count=len(documents))[usable]
+    hashes = column(documents, "hash").to_numpy()[usable]
     count = min(max(1, round(fraction * len(hashes))), most)
     held_out = hashes <= np.partition(hashes, count - 1)[count - 1]
     if held_out.all():
@@ -190,16 +195,17 @@ def split_stream(documents: IterableDataset, fraction: float, count: int) -> tup
         DataError: when no document is held out, or none is left to train on.
     """
     limit = int(fraction * 2**64)
-    held_out = list(documents.filter(lambda row: row["problem"] is None and _hash(row["text"]) < limit).take(count))
-    training = documents.filter(lambda row: row["problem"] is not None or _hash(row["text"]) >= limit)
+    held_out = list(documents.filter(lambda row: row["problem"] is None and row["hash"] < limit).take(count))
+    training = documents.filter(lambda row: row["problem"] is not None or row["hash"] >= limit)
     if not held_out:
         raise DataError(f"data.held_out_fraction={fraction} holds out no document of the stream: raise it")
     if all(row["problem"] is not None for row in training.take(1000)):
         raise DataError("data.path: nothing to train on")
-    return training, Dataset.from_list(held_out, features=FEATURES)
+    return training, as_dataset(held_out)
 
 
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
+    """Gives the number, below 2**64, by which texts are chosen to be held out."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -213,7 +219,7 @@ def _split_text(row: dict[str, Any], fraction: float) -> tuple[Dataset, Dataset]
             f"{row['source']}: too short for data.held_out_fraction={fraction} to divide: {_ways_out(text)}"
         )
     training, held_out = (
-        Dataset.from_list([row | {"text": part}], features=FEATURES) for part in (text[:cut], text[cut:])
+        as_dataset([row | {"text": part, "hash": hash_of(part)}]) for part in (text[:cut], text[cut:])
     )
     return training, held_out
 
@@ -304,7 +310,7 @@ def _read_files(
 
 
 def _documents(rows: files.Rows, schema: Schema, part: int, strict: bool) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a source as documents.
+    """Yields the rows of a source as documents, of `FEATURES`.
 
     Raises:
         DataError: where no format fits the first, and if `strict` for the first with a problem.
@@ -313,6 +319,7 @@ def _documents(rows: files.Rows, schema: Schema, part: int, strict: bool) -> Ite
         if isinstance(row, Mapping):
             schema = schema.recognised(row, where)
         document = as_document(row, where, schema) | {"part": part}
+        document["hash"] = hash_of(document["text"])
         problem = document["problem"]
         if strict and problem is not None and not problem.startswith(BLANK):
             raise DataError(f"{where}: {problem}")
@@ -383,12 +390,13 @@ def _from_dataset(
 
     named = _label_names(rows.features or {}, schema)
 
-    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
         columns = [_named(values, named[name]) if name in named else values for name, values in batch.items()]
         rows = (dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True))
         places = ((f"{source.path}:{index}", row) for index, row in zip(indices, rows, strict=True))
         documents = list(_documents(places, schema, part, strict))
-        return {name: [document[name] for document in documents] for name in FEATURES}
+        made: dict[str, Any] = {name: [document[name] for document in documents] for name in FEATURES}
+        return made | {"hash": np.asarray(made["hash"], np.uint64)}  # which `datasets` would take for signed
 
     options = {"with_indices": True, "batched": True, "remove_columns": list(first), "features": FEATURES}
     if isinstance(rows, Dataset):

@@ -100,14 +100,14 @@ def _open(config: Config) -> "tuple[Dataset, Dataset]":
 
     from train.data.build import open_documents
     from train.data.labelled import labels_of_stream
-    from train.data.sources import FEATURES
+    from train.data.sources import as_dataset
 
     training, held_out = open_documents(config.data)
     if isinstance(training, Dataset):
         return training, held_out
     if config.data.format in PROBLEMS:
         labels_of_stream(training, config.data)
-    first = Dataset.from_list(list(training.take(STREAMED)), features=FEATURES)
+    first = as_dataset(list(training.take(STREAMED)))
     print(f"data.streaming=true: of the stream, the first {len(first):,} documents are inspected")
     return first, held_out
 
