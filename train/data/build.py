@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from transformers import PreTrainedTokenizerBase
 
 from train.config import PROBLEMS, Config, DataConfig
+from train.data.columns import column, select
 from train.data.formats import RowError
 from train.data.labelled import Batches, LabelledEncoder, LabelledRows, labels_of, labels_of_stream
 from train.data.labelled_stream import LabelledStream
@@ -17,7 +18,6 @@ from train.data.loader import Counts, Data, kinds_of
 from train.data.packing import PackedRows, Row, pack_stream
 from train.data.samples import SampleRows, pack_sample_stream
 from train.data.sources import (
-    column,
     load_documents,
     load_sources,
     problems_of,
@@ -116,7 +116,7 @@ def _by_source(
     window = data.packing_window if data.packing else 1
     found: dict[str, PackedRows | SampleRows] = {}
     for part in np.unique(parts).tolist():
-        documents = held_out.select(np.flatnonzero(parts == part))
+        documents = select(held_out, np.flatnonzero(parts == part))
         name = data.sources[part].path
         name = f"{name}#{part}" if name in found else name
         if are_texts:
@@ -282,7 +282,7 @@ def _usable_samples(held_out: Dataset, encoded: Dataset, problems: list[tuple[st
     Raises:
         DataError: when none did.
     """
-    kept = held_out.select(np.flatnonzero(column(encoded, "problem").is_null().to_numpy()))
+    kept = select(held_out, np.flatnonzero(column(encoded, "problem").is_null().to_numpy()))
     if not len(kept):
         raise DataError(f"no held-out sample can be used: the first is {problems[0][0]}: {problems[0][1]}")
     return kept

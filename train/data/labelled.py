@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtral.ops.cross_entropy import IGNORE_INDEX
 from train.config import PROBLEMS, DataConfig
+from train.data.columns import column
 from train.data.formats import RowError
 from train.data.packing import Batch, TokenTable
 from train.data.samples import SampleRows
 from train.data.share import Share, evenly
-from train.data.sources import column
 from train.data.templates import Sample
 from train.errors import ConfigError, DataError
 

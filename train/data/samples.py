@@ -14,8 +14,8 @@ import numpy as np
 from datasets import Dataset
 
 from mixtral.ops.cross_entropy import IGNORE_INDEX
+from train.data.columns import column
 from train.data.packing import Piece, Row, TokenTable, make_row
-from train.data.sources import column
 
 
 def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -39,6 +39,7 @@ from datasets.utils import tqdm
 
 from train.config import DataConfig, SourceConfig
 from train.data import files, formats
+from train.data.columns import column, select
 from train.data.files import is_whole, read_rows
 from train.data.formats import BLANK, Schema, as_document
 from train.data.hub import require_hub, split_revision
@@ -138,11 +139,6 @@ def as_dataset(documents: list[dict[str, Any]]) -> Dataset:
     return Dataset(pa.Table.from_pylist(documents, schema=FEATURES.arrow_schema))
 
 
-def column(documents: Dataset, name: str) -> pa.ChunkedArray:
-    """Returns one column of a dataset, in the dataset's order."""
-    return documents.select_columns([name]).with_format("arrow")[:].column(name)
-
-
 def problems_of(documents: Dataset) -> list[tuple[str, str]]:
     """Lists place and problem of the documents that have one."""
     found = np.flatnonzero(column(documents, "problem").is_valid().to_numpy())
@@ -152,7 +148,8 @@ def problems_of(documents: Dataset) -> list[tuple[str, str]]:
 
 def usable(documents: Dataset) -> Dataset:
     """Returns the documents that have no problem."""
-    return documents.select(np.flatnonzero(column(documents, "problem").is_null().to_numpy()))
+    is_usable = column(documents, "problem").is_null().to_numpy()
+    return documents if is_usable.all() else select(documents, np.flatnonzero(is_usable))
 
 
 def split_documents(documents: Dataset, fraction: float, most: int) -> tuple[Dataset, Dataset]:
@@ -183,7 +180,7 @@ def split_documents(documents: Dataset, fraction: float, most: int) -> tuple[Dat
         raise DataError("data.path: every document has the same text, so none can be held out")
     is_training = np.ones(len(documents), dtype=bool)
     is_training[usable[held_out]] = False
-    return documents.select(np.flatnonzero(is_training)), documents.select(usable[held_out])
+    return select(documents, np.flatnonzero(is_training)), select(documents, usable[held_out])
 
 
 def split_stream(documents: IterableDataset, fraction: float, count: int) -> tuple[IterableDataset, Dataset]:
@@ -407,11 +404,11 @@ def _from_dataset(
 def _label_names(features: Mapping[str, Any], schema: Schema) -> dict[str, list[str]]:
     """Finds the columns of labels, or of lists of them, whose numbers a dataset has names for."""
     found = {}
-    for column in {schema.name("label"), schema.name("labels")} & features.keys():
-        feature = features[column]
+    for name in {schema.name("label"), schema.name("labels")} & features.keys():
+        feature = features[name]
         feature = getattr(feature, "feature", feature)
         if isinstance(feature, ClassLabel):
-            found[column] = feature.names
+            found[name] = feature.names
     return found
 
 
