@@ -1,6 +1,8 @@
 """Formats: what a row is recognised as, what is made of it, and what is refused by file and line."""
 
 import json
+import tracemalloc
+from collections import Counter
 
 import pyarrow as pa
 import pytest
@@ -11,7 +13,8 @@ from tests.train.helpers import read_json, run_small
 from train.config import DataConfig, SourceConfig
 from train.data.build import open_documents
 from train.data.formats import as_row, texts_of
-from train.data.sources import load_documents, problems_of
+from train.data.problems import Problems, refuse
+from train.data.sources import as_dataset, load_documents
 from train.errors import DataError
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -206,17 +209,17 @@ def test_bad_rows_are_left_out_and_counted_by_choice(tmp_path):
     ):
         read(path)
     config = DataConfig(path=str(path), bad_rows="skip")
-    found = problems_of(load_documents(config))
+    found = list(Problems((load_documents(config),)))
     assert len(found) == len(BAD)
     assert [place for place, _ in found] == [f"{path}:{line}" for line in range(21, 21 + len(BAD))]
     training, held_out = open_documents(config)
-    assert not problems_of(held_out)
+    assert not Problems((held_out,)).kinds
     assert len(training) + len(held_out) == len(rows)
 
 
 def test_blank_texts_are_counted_and_no_error(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"text": " "}, {"text": "b"}])
-    assert problems_of(load_documents(DataConfig(path=str(path)))) == [
+    assert list(Problems((load_documents(DataConfig(path=str(path))),))) == [
         (f"{path}:2", "blank text: 'text' holds nothing")
     ]
 
@@ -253,3 +256,29 @@ def test_a_run_with_bad_rows_ends_with_code_3_before_its_first_step(tmp_path, ca
     assert run_small(tmp_path / "run", *words, "data.bad_rows=skip", "data.sequence_length=64") == 0
     assert "left out: 1 refused by the chat template" in capsys.readouterr().out
     assert read_json(tmp_path / "run" / "summary.json")["left_out"] == {"refused by the chat template": 1}
+
+
+def test_problems_are_counted_and_listed_where_they_lie(tmp_path):
+    rows = [chat(USER, ("assistant", f"a{index}")) for index in range(20)] + [row for row, _ in BAD.values()] * 3
+    config = DataConfig(path=str(write_rows(tmp_path / "a.jsonl", rows)), bad_rows="skip")
+    documents = load_documents(config)
+    for some in (documents, documents.select(range(10, 30)), documents.shuffle(seed=1)):
+        listed = [(row["source"], row["problem"]) for row in some if row["problem"] is not None]
+        kinds = Counter(problem.partition(":")[0] for _, problem in listed)
+        problems = Problems((some,)) + Problems() + Problems((some,))
+        assert list(problems) == listed * 2
+        assert list(problems.kinds.items()) == [(kind, 2 * count) for kind, count in kinds.items()]
+        wanted = ["wrong type", "no messages"]
+        assert list(Problems((some,)).of(wanted)) == [one for one in listed if one[1].partition(":")[0] in wanted]
+
+
+def test_many_blank_texts_are_no_list_of_problems():
+    common = {"label": None, "format": "text", "problem": "blank text: 'text' holds nothing", "part": 0, "hash": 0}
+    documents = as_dataset([common | {"text": "", "source": f"a.jsonl:{line}"} for line in range(50_000)])
+    tracemalloc.start()
+    try:
+        refuse(Problems((documents,)), DataConfig())
+        assert Problems((documents,)).kinds == {"blank text": 50_000}
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()

@@ -14,14 +14,13 @@ from train.data.columns import column, select
 from train.data.formats import RowError
 from train.data.labelled import Batches, LabelledEncoder, LabelledRows, labels_of, labels_of_stream
 from train.data.labelled_stream import LabelledStream
-from train.data.loader import Counts, Data, kinds_of
+from train.data.loader import Counts, Data
 from train.data.packing import PackedRows, Row, pack_stream
+from train.data.problems import Problems, is_tolerated, refuse
 from train.data.samples import SampleRows, pack_sample_stream
 from train.data.sources import (
     load_documents,
     load_sources,
-    problems_of,
-    refuse,
     split_documents,
     split_stream,
     usable,
@@ -141,14 +140,14 @@ def _pack_texts(
 ) -> Data:
     """Packs documents by cutting the stream of them."""
     data, length, seed = config.data, config.data.sequence_length, config.run.seed
-    problems, held_out = problems_of(held_out), usable(held_out)
+    problems, held_out = Problems((held_out,)), usable(held_out)
     kept = PackedRows(tokenize(held_out, tokenizer, data.workers), length, epochs=1)
     if isinstance(training, Dataset):
-        problems += problems_of(training)
+        problems += Problems((training,))
         training = usable(training)
         tokens = tokenize(training, tokenizer, data.workers)
         rows = PackedRows(tokens, length, seed=seed, shuffle=data.shuffle, epochs=config.train.epochs)
-        return Data(rows, None, kept, held_out, length, Counts.of(rows, problems), problems, places=training)
+        return Data(rows, None, kept, held_out, length, Counts.of(rows, problems.kinds), problems, places=training)
     counts = Counts()
 
     def stream() -> Iterator[Row]:
@@ -189,16 +188,16 @@ def _pack_samples(
     encoder = Encoder(tokenizer, data, config.model.vocab_size)
     window = data.packing_window if data.packing else 1
     kept = encode(held_out, encoder)
-    problems = problems_of(kept)
+    problems = Problems((kept,))
     refuse(problems, data)
     held_out = _usable_samples(held_out, kept, problems)
     held_out_rows = SampleRows(kept, length, window=window, epochs=1)
     if isinstance(training, Dataset):
         encoded = encode(training, encoder)
-        problems += problems_of(encoded)
+        problems += Problems((encoded,))
         refuse(problems, data)
         if not column(encoded, "problem").null_count:
-            raise DataError(f"no sample can be trained on: the first is {problems[0][0]}: {problems[0][1]}")
+            raise DataError(f"no sample can be trained on: the first is {problems.first}")
         rows = SampleRows(
             encoded,
             length,
@@ -209,9 +208,9 @@ def _pack_samples(
             weights=weights,
         )
         cut = int(column(encoded, "is_cut").to_numpy().sum())
-        counts = Counts.of(rows, problems, cut)
+        counts = Counts.of(rows, problems.kinds, cut)
         return Data(rows, None, held_out_rows, held_out, length, counts, problems, places=encoded)
-    counts = Counts(left_out=kinds_of(problems))
+    counts = Counts(left_out=problems.kinds.copy())
 
     def stream() -> Iterator[Row]:
         samples = _epochs(training, data, seed, counts, lambda rows: _stream_samples(rows, encoder, data, counts))
@@ -233,11 +232,11 @@ def _pack_labelled(
     labels, padding = labels_of(training, data), give_padding(tokenizer)
     encoder = LabelledEncoder(tokenizer, data, labels)
     encoded, kept = (encode(documents, encoder) for documents in (training, held_out))
-    problems = [*problems_of(encoded), *problems_of(kept)]
+    problems = Problems((encoded, kept))
     refuse(problems, data)
     held_out = _usable_samples(held_out, kept, problems)
     if not column(encoded, "problem").null_count:
-        raise DataError(f"no sample can be used: the first is {problems[0][0]}: {problems[0][1]}")
+        raise DataError(f"no sample can be used: the first is {problems.first}")
     rows = LabelledRows(
         encoded,
         length,
@@ -249,7 +248,7 @@ def _pack_labelled(
         weights=weights,
     )
     cut = int(column(encoded, "is_cut").to_numpy().sum())
-    counts = Counts.of(rows, problems, cut)
+    counts = Counts.of(rows, problems.kinds, cut)
     counts.fullness, counts.labels = rows.fullness(config.train.micro_batch_size), rows.histogram()
     kept_rows = LabelledRows(kept, length, labels, padding)
     return Data(rows, None, kept_rows, held_out, length, counts, problems, labels, places=encoded)
@@ -263,10 +262,10 @@ def _pack_labelled_stream(
     labels, padding = labels_of_stream(training, data), give_padding(tokenizer)
     encoder = LabelledEncoder(tokenizer, data, labels)
     kept = encode(held_out, encoder)
-    problems = problems_of(kept)
+    problems = Problems((kept,))
     refuse(problems, data)
     held_out = _usable_samples(held_out, kept, problems)
-    counts = Counts(left_out=kinds_of(problems))
+    counts = Counts(left_out=problems.kinds.copy())
 
     def samples() -> Iterator[Sample]:
         return _epochs(training, data, seed, counts, lambda rows: _stream_samples(rows, encoder, data, counts))
@@ -276,7 +275,7 @@ def _pack_labelled_stream(
     return Data(None, stream, kept_rows, held_out, length, counts, problems, labels, streamed=training)
 
 
-def _usable_samples(held_out: Dataset, encoded: Dataset, problems: list[tuple[str, str]]) -> Dataset:
+def _usable_samples(held_out: Dataset, encoded: Dataset, problems: Problems) -> Dataset:
     """Returns the held-out documents that became samples.
 
     Raises:
@@ -284,7 +283,7 @@ def _usable_samples(held_out: Dataset, encoded: Dataset, problems: list[tuple[st
     """
     kept = select(held_out, np.flatnonzero(column(encoded, "problem").is_null().to_numpy()))
     if not len(kept):
-        raise DataError(f"no held-out sample can be used: the first is {problems[0][0]}: {problems[0][1]}")
+        raise DataError(f"no held-out sample can be used: the first is {problems.first}")
     return kept
 
 
@@ -337,7 +336,8 @@ def _stream_samples(
     while batch := list(islice(documents, 64)):
         for row, sample in zip(batch, encoder.encode(batch), strict=True):
             if isinstance(sample, RowError):
-                refuse([(row["source"], str(sample))], data)
+                if not is_tolerated(str(sample), data):
+                    raise DataError(f"{row['source']}: {sample}")
                 counts.left_out[str(sample).partition(":")[0]] += 1
             else:
                 counts.cut += sample.is_cut

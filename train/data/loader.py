@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from train.data.labelled import LabelledBatch, LabelledRows, Labels
 from train.data.labelled_stream import LabelledStream
 from train.data.packing import Batch, PackedRows, Row, make_row, stack
+from train.data.problems import Problems
 from train.data.samples import SampleRows
 from train.data.share import Share, evenly
 
@@ -43,14 +44,14 @@ class Counts:
     labels: dict[str, int] | None = None
 
     @classmethod
-    def of(cls, rows: PackedRows | SampleRows, problems: list[tuple[str, str]], cut: int = 0) -> "Counts":
+    def of(cls, rows: PackedRows | SampleRows, left_out: Counter[str], cut: int = 0) -> "Counts":
         """Counts what is at hand."""
         return cls(
             documents=int((rows.lengths > 0).sum()),
             tokens=rows.tokens_per_epoch,
             trained_tokens=rows.trained_tokens_per_epoch,
             cut=cut,
-            left_out=kinds_of(problems),
+            left_out=left_out.copy(),
             fullness=rows.tokens_per_epoch / (rows.rows_per_epoch * rows.sequence_length),
         )
 
@@ -64,11 +65,6 @@ class Counts:
         return ", ".join([*parts, *([f"left out: {', '.join(left_out)}"] if left_out else [])])
 
 
-def kinds_of(problems: list[tuple[str, str]]) -> Counter[str]:
-    """Counts problems by their kind."""
-    return Counter(problem.partition(":")[0] for _, problem in problems)
-
-
 @dataclass(frozen=True)
 class Data:
     """What a run trains on and is evaluated on.
@@ -80,7 +76,7 @@ class Data:
         held_out_documents: those documents, see `load_documents`.
         sequence_length: S.
         counts: of the documents; with streaming, as far as they were read.
-        problems: place and problem of the documents left out; with streaming, of the held-out ones.
+        problems: of the documents left out; with streaming, of the held-out ones.
         labels: what there is to tell apart, for a classifier.
         sources: rows of the held-out documents of each source, where there are several.
         places: where each training document at hand comes from, as `source`; see `load_documents`.
@@ -93,7 +89,7 @@ class Data:
     held_out_documents: Dataset
     sequence_length: int
     counts: Counts = field(default_factory=Counts)
-    problems: list[tuple[str, str]] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
     labels: Labels | None = None
     sources: dict[str, PackedRows | SampleRows] = field(default_factory=dict)
     places: Dataset | None = None

@@ -13,7 +13,6 @@ import pydoc_data.topics
 import sys
 import sysconfig
 import tokenize
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
@@ -43,6 +42,7 @@ from train.data.columns import column, select
 from train.data.files import is_whole, read_rows
 from train.data.formats import BLANK, Schema, as_document
 from train.data.hub import require_hub, split_revision
+from train.data.problems import Problems, refuse
 from train.errors import DataError, MachineError
 
 FEATURES = Features(
@@ -96,54 +96,17 @@ def load_sources(config: DataConfig) -> list[Any]:
     opened = [_open(source, part, config) for part, source in enumerate(sources_of(config))]
     if not config.streaming:
         for source, documents in zip(sources_of(config), opened, strict=True):
-            found = problems_of(documents)
-            refuse(found, config)
-            if len(found) == len(documents):
-                what = "no text" if all(problem.startswith(BLANK) for _, problem in found) else "no usable row"
+            problems = Problems((documents,))
+            refuse(problems, config)
+            if problems.kinds.total() == len(documents):
+                what = "no text" if problems.kinds.keys() <= {BLANK} else "no usable row"
                 raise DataError(f"data.path={source.path}: {what} in it")
     return opened
-
-
-def is_tolerated(problem: str, config: DataConfig) -> bool:
-    """Says whether a document with this problem is left out and counted, rather than an error."""
-    kind = problem.partition(":")[0]
-    if kind == "too long":
-        return config.too_long == "skip"
-    return kind == BLANK or config.bad_rows == "skip"
-
-
-def refuse(found: list[tuple[str, str]], config: DataConfig) -> None:
-    """Refuses problems that are not tolerated.
-
-    Args:
-        found: place and problem of each.
-        config: says which are.
-
-    Raises:
-        DataError: naming the first, and how many of which kind there are.
-    """
-    refused = [(source, problem) for source, problem in found if not is_tolerated(problem, config)]
-    if not refused:
-        return
-    source, problem = refused[0]
-    kinds = Counter(problem.partition(":")[0] for _, problem in refused)
-    more = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    hint = (
-        f" (bad rows: {more}; inspect_data lists them, data.bad_rows=skip leaves them out)" if len(refused) > 1 else ""
-    )
-    raise DataError(f"{source}: {problem}{hint}")
 
 
 def as_dataset(documents: list[dict[str, Any]]) -> Dataset:
     """Makes a dataset of documents; `Dataset.from_list` would take their hashes for signed numbers."""
     return Dataset(pa.Table.from_pylist(documents, schema=FEATURES.arrow_schema))
-
-
-def problems_of(documents: Dataset) -> list[tuple[str, str]]:
-    """Lists place and problem of the documents that have one."""
-    found = np.flatnonzero(column(documents, "problem").is_valid().to_numpy())
-    rows = documents.select_columns(["source", "problem"]).select(found)
-    return [(row["source"], row["problem"]) for row in rows]
 
 
 def usable(documents: Dataset) -> Dataset:

@@ -4,9 +4,9 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ def _inspect(config: Config, folder: "RunFolder") -> str:
         DataError: for bad rows, once they are listed, unless they are to be left out.
     """
     from train.data.build import pack
-    from train.data.sources import is_tolerated
+    from train.data.problems import refused_kinds
     from train.data.tokenizer import open_tokenizer
     from train.observe.plots import draw_lengths
 
@@ -77,8 +77,8 @@ def _inspect(config: Config, folder: "RunFolder") -> str:
     training, held_out = _open(lenient)
     tokenizer = open_tokenizer(config.data.tokenizer, config.model.vocab_size, training, config.data.chat_template)
     data = pack(training, held_out, tokenizer, lenient)
-    refused = [(place, problem) for place, problem in data.problems if not is_tolerated(problem, config.data)]
-    _print_problems(refused)
+    refused = refused_kinds(data.problems, config.data)
+    _print_problems(data.problems.of(refused))
     figures = _figures(config, data, len(training) + len(held_out))
     print("\n".join(f"{name:>14}  {text}" for name, text in figures.items()))
     lengths, bound = data.lengths, config.data.sequence_length
@@ -90,7 +90,7 @@ def _inspect(config: Config, folder: "RunFolder") -> str:
     folder.write_json("data.json", figures)
     print(f"the lengths: {target}")
     if refused:
-        raise DataError(f"{len(refused):,} bad rows, listed above: mend them, or set {_remedy(refused)}")
+        raise DataError(f"{refused.total():,} bad rows, listed above: mend them, or set {_remedy(refused)}")
     return "the data can be trained on"
 
 
@@ -112,17 +112,16 @@ def _open(config: Config) -> "tuple[Dataset, Dataset]":
     return first, held_out
 
 
-def _remedy(refused: list[tuple[str, str]]) -> str:
-    are_long = [problem.startswith("too long") for _, problem in refused]
+def _remedy(kinds: Collection[str]) -> str:
+    are_long = [kind.startswith("too long") for kind in kinds]
     keys = ["data.bad_rows=skip"] * (not all(are_long)) + ["data.too_long=cut or skip"] * any(are_long)
     return " and ".join(keys)
 
 
-def _print_problems(refused: list[tuple[str, str]]) -> None:
-    for place, problem in refused[:LISTED]:
+def _print_problems(refused: Iterator[tuple[str, str]]) -> None:
+    for place, problem in islice(refused, LISTED):
         print(f"bad row  {place}: {problem}")
-    if len(refused) > LISTED:
-        kinds = Counter(problem.partition(":")[0] for _, problem in refused[LISTED:])
+    if kinds := Counter(problem.partition(":")[0] for _, problem in refused):
         print(f"         and {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())} more")
 
 
