@@ -2,6 +2,8 @@
 
 import json
 import random
+import sys
+from collections import Counter
 
 import numpy as np
 import peft
@@ -90,6 +92,30 @@ def test_every_row_is_seen_once_an_epoch_and_those_of_a_batch_are_nearly_as_long
     assert not rows.step(100, share)[0].is_row.any()
     first = [rows.step(step, share)[0].input_ids.shape[1] for step in range(WINDOW)]
     assert first != sorted(first)
+
+
+@pytest.mark.parametrize("epochs", [None, 0.3, 1, 1.7])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_fullness_is_that_of_the_batches_and_labels_are_counted(shuffle, epochs):
+    lengths = np.random.default_rng(0).integers(1, 60, 333).tolist()
+    rows = LabelledRows(samples(lengths), 64, CLASSES, 0, seed=1, shuffle=shuffle, epochs=epochs)
+    for size in (1, 4, 7, 41, 500):
+        steps = [rows.step(step, Share(0, 1, size))[0].token_mask for step in range(-(-333 // size))]
+        laid = sum(mask.numel() for mask in steps if mask.any())
+        assert rows.fullness(size) == sum(int(mask.sum()) for mask in steps) / laid
+    assert rows.histogram() == Counter(CLASSES.names[int(rows.target(sample)[0])] for sample in range(333))
+
+
+def test_figures_of_an_epoch_cost_no_python_call_a_text():
+    rows = LabelledRows(samples([1, 2] * 5000), 64, CLASSES, 0, seed=1, shuffle=True, epochs=1)
+    calls = Counter()
+    sys.setprofile(lambda frame, event, argument: calls.update([event]))
+    try:
+        rows.fullness(2)
+        rows.histogram()
+    finally:
+        sys.setprofile(None)
+    assert calls["call"] + calls["c_call"] < 1000
 
 
 @pytest.mark.parametrize("layout", [(1, 8, 1), (1, 2, 4), (2, 4, 1), (2, 2, 2), (4, 1, 2)])

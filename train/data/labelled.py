@@ -8,7 +8,6 @@ are divided among processes and micro-steps: rows that are padded to one length 
 import json
 import re
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -329,9 +328,10 @@ class LabelledRows(SampleRows):
         """Counts the samples of each label; of a regression, none."""
         if self.labels.problem == "regression":
             return {}
-        targets = [int(one) for sample in np.flatnonzero(self.lengths) for one in self.target(int(sample))]
-        counts = Counter(targets)
-        return {name: counts[index] for index, name in enumerate(self.labels.names)}
+        counts = np.zeros(len(self.labels.names), np.int64)
+        for targets in self._targets.values():
+            counts += np.bincount(targets.astype(np.int64), minlength=len(counts))
+        return dict(zip(self.labels.names, counts.tolist(), strict=True))
 
     def step(self, step: int, share: Share) -> list[LabelledBatch]:
         """Returns a process's micro-batches of a step, counted from 0; past the end their rows are padding."""
@@ -361,10 +361,15 @@ class LabelledRows(SampleRows):
 
     def fullness(self, rows: int) -> float:
         """Gives the share of the first epoch's batches that is no padding, where so many rows are padded alike."""
-        laid = total = 0
-        for step in range(-(-self.rows_per_epoch // rows)):
-            window, within = divmod(step, WINDOW)
-            lengths = self.lengths[self._window(window, rows)[within * rows : (within + 1) * rows]]
+        end = self.rows_per_epoch if self._end is None else min(self.rows_per_epoch, self._end)
+        windows = end // (WINDOW * rows)
+        samples = self._between(0, windows * WINDOW * rows)
+        lengths = self.lengths[samples].reshape(windows, WINDOW * rows)
+        if self.shuffle:  # sorts the texts of a window; the order of its steps is nothing to their lengths
+            lengths.sort(axis=1)
+        laid, total = rows * int(lengths.reshape(-1, rows).max(axis=1).sum()), int(lengths.sum())
+        for step in range(windows * WINDOW, -(-end // rows)):
+            lengths = self.lengths[self._of_step(step, rows)]
             laid += rows * int(lengths.max(initial=0))
             total += int(lengths.sum())
         return total / max(1, laid)

@@ -84,15 +84,19 @@ class TokenTable:
             documents = documents.flatten_indices()
         chunks = documents.data.column(name).chunks
         self._values = [chunk.values.to_numpy() for chunk in chunks]
-        self._offsets = [chunk.offsets.to_numpy().astype(np.int64) for chunk in chunks]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
         self._first = np.cumsum([0] + [len(chunk) for chunk in chunks])
-        self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])
+        self.lengths = np.concatenate([np.diff(offsets).astype(np.int64) for offsets in self._offsets])
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Returns ids `start` to `stop` of a document, fewer where it ends before."""
         chunk = int(np.searchsorted(self._first, document, side="right")) - 1
-        begin, end = self._offsets[chunk][document - self._first[chunk] :][:2]
+        begin, end = self._offsets[chunk][document - self._first[chunk] :][:2].tolist()
         return self._values[chunk][begin + start : min(begin + stop, end)]
+
+    def values(self) -> Iterator[np.ndarray]:
+        """Yields what there is of all documents, part by part."""
+        return (values[offsets[0] : offsets[-1]] for values, offsets in zip(self._values, self._offsets, strict=True))
 
 
 class PackedRows:
