@@ -207,7 +207,9 @@ class DataConfig:
     sequence_length: int = key(4096, "tokens per row", minimum=2)
     packing: bool = key(True, "whether samples share rows, apart from each other; plain text always does")
     packing_window: int = key(20_000, "samples that are packed together, first fit decreasing", minimum=1)
-    workers: int = key(1, "processes that tokenize on each host, besides the tokenizer's own threads", minimum=1)
+    workers: int = key(
+        1, "processes that read and tokenize on each host, besides the tokenizer's own threads", minimum=1
+    )
     held_out_path: str | None = key(
         None, "documents to evaluate on, of the form of data.path; by default a share of the data"
     )

@@ -18,7 +18,8 @@ from pyarrow import parquet
 from tests.train.helpers import WORDS, write_corpus
 from train.config import DataConfig, SourceConfig
 from train.data.build import open_documents
-from train.data.sources import as_dataset, hash_of, load_documents, split_documents, split_stream
+from train.data.reading import hash_of
+from train.data.sources import as_dataset, load_documents, split_documents, split_stream
 from train.errors import DataError, MachineError
 
 

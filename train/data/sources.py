@@ -13,9 +13,9 @@ import pydoc_data.topics
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import islice
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,13 @@ from datasets.exceptions import DatasetNotFoundError
 from datasets.utils import tqdm
 
 from train.config import DataConfig, SourceConfig
-from train.data import files, formats
+from train.data import files, formats, reading
 from train.data.columns import column, select
-from train.data.files import is_whole, read_rows
-from train.data.formats import BLANK, Schema, as_document
+from train.data.files import is_whole
+from train.data.formats import BLANK, Schema
 from train.data.hub import require_hub, split_revision
 from train.data.problems import Problems, refuse
+from train.data.reading import documents_of, hash_of, rows_of
 from train.errors import DataError, MachineError
 
 FEATURES = Features(
@@ -56,7 +57,6 @@ FEATURES = Features(
         "hash": Value("uint64"),
     }
 )
-Read = Callable[..., Iterator[dict[str, Any]]]
 
 
 def sources_of(config: DataConfig) -> list[SourceConfig]:
@@ -164,11 +164,6 @@ def split_stream(documents: IterableDataset, fraction: float, count: int) -> tup
     return training, as_dataset(held_out)
 
 
-def hash_of(text: str) -> int:
-    """Gives the number, below 2**64, by which texts are chosen to be held out."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
 def _split_text(row: dict[str, Any], fraction: float) -> tuple[Dataset, Dataset]:
     if row["format"] != "text":
         raise DataError(f"{row['source']}: this sample is the only one: name others in data.held_out_path")
@@ -197,50 +192,73 @@ def _open(source: SourceConfig, part: int, config: DataConfig) -> Dataset | Iter
     path = Path(source.path).expanduser()
     strict = config.streaming and config.bad_rows == "error"
     if source.path == "python_stdlib":
-        return _generate(_read_stdlib, {"root": sysconfig.get_paths()["stdlib"], "part": part}, config.streaming)
+        return _open_stdlib(part, streaming=config.streaming)
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         return _from_dataset(_open_saved(path, source, config.streaming), source, part, strict, config.workers)
     if path.exists():
         found = _find_files(path)
-        stamps = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in found]
-        arguments = {"files": [str(file) for file in found], "stamps": stamps, "source": asdict(source)}
-        return _generate(_read_files, arguments | {"part": part, "strict": strict}, config.streaming)
+        if not config.streaming:
+            return _open_files(found, _schema(asdict(source)), part, config.workers)
+        arguments = {"files": [str(file) for file in found], "source": asdict(source), "part": part, "strict": strict}
+        return IterableDataset.from_generator(_read_files, features=FEATURES, gen_kwargs=arguments)
     repository = source.path.partition("@")[0]
     if path.is_absolute() or path.suffix in files.READERS or repository.count("/") > 1 or repository.startswith("."):
         raise DataError(f"data.path={source.path}: no such file or folder")
     return _from_dataset(_open_hub(source, config.streaming), source, part, strict, config.workers)
 
 
-def _generate(read: Read, arguments: dict[str, Any], streaming: bool) -> Dataset | IterableDataset:
-    """Reads documents as they are needed, or once into an Arrow file that serves until files or reader change."""
+def _open_stdlib(part: int, *, streaming: bool) -> Dataset | IterableDataset:
+    root = sysconfig.get_paths()["stdlib"]
     if streaming:
-        return IterableDataset.from_generator(read, features=FEATURES, gen_kwargs=arguments)
-    code = [Path(inspect.getfile(module)).read_text(encoding="utf-8") for module in (files, formats)]
+        return IterableDataset.from_generator(_read_stdlib, features=FEATURES, gen_kwargs={"root": root, "part": part})
+    target = _cache(root, part)
+    if not _is_cached(target):
+        with tqdm(unit=" documents", desc="reading") as bar:
+            reading.write(target, _read_stdlib(root, part), FEATURES.arrow_schema, bar.update, os.getpid())
+    return _open_cached([target])
+
+
+def _open_files(found: list[Path], schema: Schema, part: int, workers: int) -> Dataset:
+    """Reads files as they are needed first, in groups, each of which serves until its files or the reader change.
+
+    Where a format is to be recognised by the first row, a group depends on the files before it too.
+    """
+    groups: list[reading.Group] = []
+    for group in reading.grouped(found):
+        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in group]
+        before = groups[-1].target.name if groups and schema.format == "auto" else None
+        groups.append(reading.Group(_cache(stamps, asdict(schema), part, before), group, schema, part))
+    if not all(_is_cached(group.target) for group in groups):
+        missing = [group for group in reading.settled(groups) if not _is_cached(group.target)]
+        with tqdm(unit=" documents", desc="reading") as bar:
+            reading.read(missing, FEATURES.arrow_schema, workers, bar.update)
+    return _open_cached([group.target for group in groups])
+
+
+def _cache(*arguments: Any) -> Path:
+    """Names the Arrow file of what is read by the code that there is."""
+    recipe = json.dumps([_reader(), sys.version, arguments])
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "cierzo"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()}.arrow"
+
+
+@cache
+def _reader() -> str:
+    code = [Path(inspect.getfile(module)).read_text(encoding="utf-8") for module in (files, formats, reading)]
     code.append(Path(__file__).read_text(encoding="utf-8"))
-    recipe = json.dumps([code, sys.version, read.__name__, arguments])
-    key = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "cierzo" / f"{key}.arrow"
-    if not path.exists() or not is_whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            _write(partial, read(**arguments))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    documents = Dataset.from_file(str(path))
-    documents._fingerprint = key
+    return hashlib.blake2b("\0".join(code).encode()).hexdigest()
+
+
+def _is_cached(target: Path) -> bool:
+    return target.exists() and is_whole(target)
+
+
+def _open_cached(targets: list[Path]) -> Dataset:
+    documents = concatenate_datasets([Dataset.from_file(str(target)) for target in targets])
+    names = "".join(target.name for target in targets)
+    documents._fingerprint = hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
     return documents
-
-
-def _write(path: Path, documents: Iterator[dict[str, Any]]) -> None:
-    schema = FEATURES.arrow_schema
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        progress = tqdm(unit=" documents", desc="reading")
-        while batch := list(islice(documents, 1000)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-            progress.update(len(batch))
-        progress.close()
 
 
 def _find_files(path: Path) -> list[Path]:
@@ -261,35 +279,15 @@ def _schema(source: dict[str, Any]) -> Schema:
     return Schema(source["format"], source["columns"])
 
 
-def _read_files(
-    files: list[str], stamps: list[str], source: dict[str, Any], part: int, strict: bool
-) -> Iterator[dict[str, Any]]:
-    """Yields the documents of files; `stamps`, their sizes and times, tell the cache when to read anew."""
-    rows = (place for file in files for place in read_rows(Path(file)))
-    yield from _documents(rows, _schema(source), part, strict)
-
-
-def _documents(rows: files.Rows, schema: Schema, part: int, strict: bool) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a source as documents, of `FEATURES`.
-
-    Raises:
-        DataError: where no format fits the first, and if `strict` for the first with a problem.
-    """
-    for where, row in rows:
-        if isinstance(row, Mapping):
-            schema = schema.recognised(row, where)
-        document = as_document(row, where, schema) | {"part": part}
-        document["hash"] = hash_of(document["text"])
-        problem = document["problem"]
-        if strict and problem is not None and not problem.startswith(BLANK):
-            raise DataError(f"{where}: {problem}")
-        yield document
+def _read_files(files: list[str], source: dict[str, Any], part: int, strict: bool) -> Iterator[dict[str, Any]]:
+    """Yields the documents of files as they come."""
+    yield from documents_of(rows_of([Path(file) for file in files]), _schema(source), part, strict)
 
 
 def _read_stdlib(root: str, part: int) -> Iterator[dict[str, Any]]:
     """Yields the interpreter's help topics and its source files, without tests and installed packages."""
     rows = ((place, {"text": text}) for place, text in _read_library(Path(root)))
-    yield from _documents(rows, Schema("text", {}), part, strict=False)
+    yield from documents_of(rows, Schema("text", {}), part, strict=False)
 
 
 def _read_library(root: Path) -> Iterator[tuple[str, str]]:
@@ -354,7 +352,7 @@ def _from_dataset(
         columns = [_named(values, named[name]) if name in named else values for name, values in batch.items()]
         rows = (dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True))
         places = ((f"{source.path}:{index}", row) for index, row in zip(indices, rows, strict=True))
-        documents = list(_documents(places, schema, part, strict))
+        documents = list(documents_of(places, schema, part, strict))
         made: dict[str, Any] = {name: [document[name] for document in documents] for name in FEATURES}
         return made | {"hash": np.asarray(made["hash"], np.uint64)}  # which `datasets` would take for signed
 

@@ -1,0 +1,193 @@
+"""Documents of files, which several processes read into Arrow files that a later start finds.
+
+It imports neither torch nor `datasets`, so that a process that reads starts in a moment.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from train.data.files import Rows, read_rows
+from train.data.formats import BLANK, Schema, as_document
+from train.errors import DataError, MachineError
+
+GROUP_BYTES = 16 << 20  # of files that are read into one: a process earns its start by as many
+MOST_GROUPS = 256  # about as many of a source, however large: each is open, and mapped, in every process
+POLL_SECONDS = 0.2
+Progress = Callable[[int], object]
+
+
+class Group(NamedTuple):
+    """Files that are read into one.
+
+    Attributes:
+        target: the Arrow file.
+        files: of one source, one after the other.
+        schema: how their rows are read.
+        part: number of their source.
+    """
+
+    target: Path
+    files: Sequence[Path]
+    schema: Schema
+    part: int
+
+
+def hash_of(text: str) -> int:
+    """Gives the number, below 2**64, by which texts are chosen to be held out."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def documents_of(rows: Rows, schema: Schema, part: int, strict: bool) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a source as documents, of `train.data.sources.FEATURES`.
+
+    Raises:
+        DataError: where no format fits the first, and if `strict` for the first with a problem.
+    """
+    for where, row in rows:
+        if isinstance(row, Mapping):
+            schema = schema.recognised(row, where)
+        document = as_document(row, where, schema) | {"part": part}
+        document["hash"] = hash_of(document["text"])
+        problem = document["problem"]
+        if strict and problem is not None and not problem.startswith(BLANK):
+            raise DataError(f"{where}: {problem}")
+        yield document
+
+
+def rows_of(files: Sequence[Path]) -> Rows:
+    """Yields the rows of files, one after the other."""
+    return (row for file in files for row in read_rows(file))
+
+
+def grouped(files: Sequence[Path]) -> list[list[Path]]:
+    """Divides files into groups of neighbours, from the first on, so that another at their end changes the last alone.
+
+    Where there are twice as many bytes, all groups may become larger.
+    """
+    sizes = [file.stat().st_size for file in files]
+    least = GROUP_BYTES
+    while least * MOST_GROUPS < sum(sizes):
+        least *= 2
+    groups: list[list[Path]] = []
+    held = least
+    for file, size in zip(files, sizes, strict=True):
+        if held >= least:
+            groups.append([])
+            held = 0
+        groups[-1].append(file)
+        held += size
+    return groups
+
+
+def settled(groups: Sequence[Group]) -> list[Group]:
+    """Gives groups after the one with the first row of columns the format by which that is recognised.
+
+    Raises:
+        DataError: where it is none's, and for what cannot be read before it.
+    """
+    for number, group in enumerate(groups):
+        if group.schema.format != "auto":
+            break
+        for where, row in rows_of(group.files):
+            if isinstance(row, Mapping):
+                schema = group.schema.recognised(row, where)
+                return [*groups[: number + 1], *(later._replace(schema=schema) for later in groups[number + 1 :])]
+    return list(groups)
+
+
+def write(
+    target: Path, documents: Iterator[dict[str, Any]], columns: pa.Schema, progress: Progress, starter: int
+) -> int:
+    """Writes documents into an Arrow file, which appears once it is whole; returns how many they are.
+
+    Args:
+        target: the file.
+        documents: with those columns.
+        columns: names and types.
+        progress: is told, now and then, how many more there are.
+        starter: process that clears up if this one is ended.
+    """
+    written, unfinished = 0, _unfinished(target, starter)
+    try:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, columns) as writer:
+            while batch := list(islice(documents, 1000)):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=columns))
+                progress(len(batch))
+                written += len(batch)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return written
+
+
+def _unfinished(target: Path, starter: int) -> Path:
+    return target.with_suffix(f".{socket.gethostname()}.{starter}.partial")
+
+
+def read(groups: Sequence[Group], columns: pa.Schema, workers: int, progress: Progress) -> None:
+    """Reads groups of files into their Arrow files, several at a time.
+
+    The processes are started anew, not forked, since this one may have threads and a GPU.
+
+    Args:
+        groups: to read.
+        columns: of the documents.
+        workers: processes; 1 reads in this one.
+        progress: see `write`; it is told of a group as a whole where others read.
+
+    Raises:
+        DataError: for what cannot be read: the first of it, in the order of the groups.
+        MachineError: when a process was killed.
+    """
+    if min(workers, len(groups)) <= 1:
+        for group in groups:
+            _read_group(group, columns, progress, os.getpid())
+        return
+    try:
+        _read_in_processes(groups, columns, min(workers, len(groups)), progress)
+    finally:
+        for group in groups:  # what an ended process cannot remove
+            _unfinished(group.target, os.getpid()).unlink(missing_ok=True)
+
+
+def _read_in_processes(groups: Sequence[Group], columns: pa.Schema, workers: int, progress: Progress) -> None:
+    context, before = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    with context.Pool(workers, _begin) as pool:
+        readers = set(multiprocessing.active_children()) - before
+        work = partial(_read_group, columns=columns, progress=_silent, starter=os.getpid())
+        done = pool.imap(work, groups)
+        read = 0
+        while read < len(groups):
+            try:
+                progress(done.next(POLL_SECONDS))
+                read += 1
+            except multiprocessing.TimeoutError:
+                if not readers <= set(multiprocessing.active_children()):
+                    raise MachineError(
+                        "a process that read files was killed, perhaps for its memory: try fewer data.workers"
+                    ) from None
+
+
+def _begin() -> None:
+    """Leaves it to whoever started this process to end it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _silent(count: int) -> None:
+    """Leaves it to the process that waits for this one to say how far it is."""
+
+
+def _read_group(group: Group, columns: pa.Schema, progress: Progress, starter: int) -> int:
+    documents = documents_of(rows_of(group.files), group.schema, group.part, strict=False)
+    return write(group.target, documents, columns, progress, starter)
