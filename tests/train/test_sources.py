@@ -156,8 +156,23 @@ def test_a_saved_dataset_that_is_cut_anywhere_is_named(tmp_path, name, streaming
 def test_a_saved_dataset_with_a_byte_of_no_text_is_named(tmp_path):
     Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
     file = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    assert len(read(tmp_path / "saved")) == 2
     file.write_bytes(file.read_bytes().replace(b"onetwo", b"one\xfewo"))
-    with pytest.raises(DataError, match=r"saved: not a readable dataset \(.*Invalid UTF8"):
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"saved: not a readable dataset \(.*Invalid UTF8"):
+            read(tmp_path / "saved")
+
+
+def test_a_saved_dataset_is_looked_through_once_until_its_files_change(tmp_path):
+    Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
+    assert len(read(tmp_path / "saved")) == 2
+    file = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    before = file.stat()
+    file.write_bytes(file.read_bytes().replace(b"onetwo", b"one\xfewo"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert [row["text"] for row in read(tmp_path / "saved")] == ["one", "two"]  # as they were read the first time
+    os.utime(file)
+    with pytest.raises(DataError, match="Invalid UTF8"):
         read(tmp_path / "saved")
 
 

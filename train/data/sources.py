@@ -313,11 +313,20 @@ def _open_saved(path: Path, source: SourceConfig, streaming: bool) -> Dataset | 
                 raise DataError(f"{file['filename']}: its end is missing: copy it, or save the dataset, again")
         if streaming:
             return saved.to_iterable_dataset()
-        saved.data.table.validate(full=True)
+        _validate(saved)
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"data.path={path}: not a readable dataset ({reason})") from None
     return saved
+
+
+def _validate(saved: Dataset) -> None:
+    """Looks through all of a saved dataset, unless that was done since its files changed."""
+    files = [Path(file["filename"]) for file in saved.cache_files]
+    done = _cache([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]).with_suffix(".valid")
+    if not (files and done.exists()):
+        saved.data.table.validate(full=True)
+        done.touch()
 
 
 def _open_hub(source: SourceConfig, streaming: bool) -> Dataset | IterableDataset:
