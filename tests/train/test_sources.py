@@ -163,6 +163,15 @@ def test_a_saved_dataset_with_a_byte_of_no_text_is_named(tmp_path):
             read(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_first_row_of_a_source_says_what_the_rows_of_its_other_files_are(tmp_path, streaming):
+    (tmp_path / "a.jsonl").write_text('7\n{"prompt": "one", "completion": "two"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"prompt": "four", "completion": "five"}\n')
+    found = [(row["format"], row["problem"]) for row in read(tmp_path, streaming=streaming, bad_rows="skip")]
+    assert [kind for kind, _ in found[1:]] == ["prompt_completion"] * 3
+    assert [problem is None for _, problem in found] == [False, True, False, True]
+
+
 def test_a_saved_dataset_is_looked_through_once_until_its_files_change(tmp_path):
     Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
     assert len(read(tmp_path / "saved")) == 2

@@ -89,19 +89,26 @@ def grouped(files: Sequence[Path]) -> list[list[Path]]:
     return groups
 
 
+def recognised(files: Sequence[Path], schema: Schema) -> Schema:
+    """Settles `auto` by the first row of columns in files; it stays where there is none.
+
+    Raises:
+        DataError: where that row is no format's, and for what cannot be read before it.
+    """
+    rows = rows_of(files) if schema.format == "auto" else iter(())
+    return next((schema.recognised(row, where) for where, row in rows if isinstance(row, Mapping)), schema)
+
+
 def settled(groups: Sequence[Group]) -> list[Group]:
     """Gives groups after the one with the first row of columns the format by which that is recognised.
 
     Raises:
-        DataError: where it is none's, and for what cannot be read before it.
+        DataError: see `recognised`.
     """
     for number, group in enumerate(groups):
-        if group.schema.format != "auto":
-            break
-        for where, row in rows_of(group.files):
-            if isinstance(row, Mapping):
-                schema = group.schema.recognised(row, where)
-                return [*groups[: number + 1], *(later._replace(schema=schema) for later in groups[number + 1 :])]
+        schema = recognised(group.files, group.schema)
+        if schema.format != "auto":
+            return [*groups[: number + 1], *(later._replace(schema=schema) for later in groups[number + 1 :])]
     return list(groups)
 
 

@@ -197,9 +197,13 @@ def _open(source: SourceConfig, part: int, config: DataConfig) -> Dataset | Iter
         return _from_dataset(_open_saved(path, source, config.streaming), source, part, strict, config.workers)
     if path.exists():
         found = _find_files(path)
+        schema = _schema(asdict(source))
         if not config.streaming:
-            return _open_files(found, _schema(asdict(source)), part, config.workers)
-        arguments = {"files": [str(file) for file in found], "source": asdict(source), "part": part, "strict": strict}
+            return _open_files(found, schema, part, config.workers)
+        settled = asdict(
+            reading.recognised(found, schema)
+        )  # by the first of the files, which a stream reads one by one
+        arguments = {"files": [str(file) for file in found], "source": settled, "part": part, "strict": strict}
         return IterableDataset.from_generator(_read_files, features=FEATURES, gen_kwargs=arguments)
     repository = source.path.partition("@")[0]
     if path.is_absolute() or path.suffix in files.READERS or repository.count("/") > 1 or repository.startswith("."):
