@@ -50,13 +50,14 @@ def write_whole(file: io.FileIO, data: memoryview) -> None:
 def new_folder(target: str | Path) -> Iterator[Path]:
     """Gives a hidden folder beside `target` to write into, which takes its name at the end of the block.
 
-    An exception removes it. What a killed process left behind is cleared by the next one.
+    An exception removes it. What a killed process left behind is cleared by the next one. Where `target` is a link, the
+    folder that it leads to is made.
 
     Raises:
-        FileExistsError: when `target` holds something.
+        FileExistsError: when `target` holds something, or is where a disk is mounted, which nothing can replace.
         BlockingIOError: when a living process is writing it.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()
     partial = target.with_name(f".{target.name}.partial")
     _refuse_existing(target)
     partial.mkdir(parents=True, exist_ok=True)
@@ -87,6 +88,8 @@ def new_folder(target: str | Path) -> Iterator[Path]:
 def _refuse_existing(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target} exists already: name another folder, or move it away")
+    if target.is_mount():
+        raise FileExistsError(f"{target} is where a disk is mounted: name a folder in it")
 
 
 def _sync(path: Path) -> None:

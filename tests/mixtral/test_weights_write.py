@@ -93,6 +93,20 @@ def test_a_failed_folder_leaves_nothing_and_an_existing_one_is_kept(tmp_path):
     assert (tmp_path / "out" / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["an empty folder", "nothing yet"])
+def test_a_folder_that_a_link_leads_to_is_made_where_it_lies(tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    with new_folder(tmp_path / "out") as folder:
+        assert folder.parent == tmp_path / "disk"
+        (folder / "file").write_text("x")
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "disk" / "real").iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "file", "out", "real"]
+
+
 def test_two_writers_of_one_folder_do_not_meet(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("first")

@@ -160,6 +160,19 @@ def test_inputs_and_outputs_that_cannot_be_used_have_their_exit_codes(tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "hub"]
 
 
+def test_a_place_where_a_disk_is_mounted_is_refused_before_anything_is_converted(tmp_path, hub):
+    mounted = ["unshare", "--map-root-user", "--mount", "bash", "-c", 'mount -t tmpfs none "$0" && exec "$@"']
+    (tmp_path / "out").mkdir()
+    if subprocess.run([*mounted, tmp_path / "out", "true"], capture_output=True).returncode != 0:
+        pytest.skip("nothing can be mounted here")
+    words = ["--input_dir", str(hub), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run([*mounted, tmp_path / "out", *PYTHON, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: --output_dir: {tmp_path / 'out'} is where a disk is mounted: name a folder in it\n"
+    assert " left" not in done.stdout  # no tensor was written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "out"]
+
+
 def test_mistakes_that_need_no_torch_are_found_without_it(tmp_path, hub):
     (tmp_path / "empty").mkdir()
     for source, target in ((tmp_path / "empty", tmp_path / "out"), (hub, hub)):
