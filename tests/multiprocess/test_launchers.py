@@ -123,6 +123,21 @@ def test_the_slurm_script_has_one_command_for_each_node():
     assert {"HOSTS", "PROCESSES", "FIRST_HOST", "PORT"} <= set(re.findall(r"\b[A-Z_]+\b", text.split("export ")[1]))
 
 
+def test_the_slurm_script_hands_a_nodes_cores_on_to_what_runs_there(tmp_path):
+    """Since Slurm 22.05 srun does not read SLURM_CPUS_PER_TASK: what does not ask again may get a single core."""
+    for name, does in (("srun", 'printf "%s\\n" "$@" threads="$OMP_NUM_THREADS"'), ("scontrol", "echo node0")):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"SLURM_GPUS_PER_NODE": "h100:8", "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script = ["bash", str(ROOT / "launch/slurm.sbatch"), "recipe=demo", f"run.dir={tmp_path}/a run"]
+    done = launch(script, PATH=path, SLURM_JOB_NODELIST="node[0-1]", **given)
+    assert (done.returncode, done.stderr) == (0, "")
+    words = done.stdout.splitlines()
+    assert "--cpus-per-task=64" in words[: words.index("bash")]
+    assert words[-3:] == ["recipe=demo", f"run.dir={tmp_path}/a run", "threads=8"]
+
+
 @pytest.mark.parametrize(
     ("environment", "word", "code", "says"),
     [
