@@ -48,6 +48,13 @@ def test_as_many_layers_are_kept_as_the_chosen_weights_need(tmp_path):
     assert "the routers' drift" in certificate["left_out"]
 
 
+@pytest.mark.parametrize("experts", [1, 2, 8])
+def test_a_model_whose_tokens_take_every_expert_is_proved_too(tmp_path, experts):
+    words = [f"model.num_local_experts={experts}", f"model.num_experts_per_tok={experts}"]
+    assert main(["verify", "recipe=demo", f"run.dir={tmp_path / 'run'}", *words]) == 0
+    assert read_json(tmp_path / "run" / "certificate.json")["ok"]
+
+
 def test_where_nothing_has_a_gradient_nothing_is_compared(tmp_path, capsys):
     words = ["train.only=router", "model.num_experts_per_tok=1", "model.router_aux_loss_coef=0"]
     assert main(["verify", "recipe=demo", f"run.dir={tmp_path / 'run'}", *words]) == 2

@@ -85,21 +85,23 @@ def decided_weights(config: Config, model: MixtralConfig, seed: int, experts: ra
 
     Every token id has experts of its own, some chosen more often than others: a feature of its embedding for each, that
     outlasts the layers and that the routers look for. So rounding sends no token elsewhere, in bf16 neither, and a
-    wrong scale, load or destination shows.
+    wrong scale, load or destination shows. Where every expert is chosen there is nothing to decide: features that all
+    tokens share would make these alike, and what attention learns of their differences would be lost in rounding.
     """
     deviation, hidden, chosen = model.initializer_range, model.hidden_size, model.num_experts_per_tok
     feature = 40 * deviation**2 * hidden  # attention adds about deviation^2 x hidden to an element
     normed = feature / math.sqrt(chosen * feature**2 / hidden + deviation**2)
     popularity_E = torch.arange(1.0, model.num_local_experts + 1)
     experts_VK = popularity_E.expand(model.vocab_size, -1).multinomial(chosen, generator=generator_of(seed, "experts"))
+    chooses = chosen < model.num_local_experts
 
     def base(experts: range) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in initial_weights(model, seed, experts):
-            if name == "model.embed_tokens.weight":
+            if name == "model.embed_tokens.weight" and chooses:
                 tensor = tensor.scatter_add(1, experts_VK, torch.full(experts_VK.shape, feature))
             elif ".gate." in name:
                 tensor = tensor * (SPREAD / deviation / math.sqrt(hidden))
-                tensor.diagonal().add_(MARGIN / normed)
+                tensor.diagonal().add_(MARGIN / normed if chooses else 0.0)
             yield name, tensor
 
     return with_adapters(base, config, model, b_bound=B_BOUND)(experts)
