@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 BOUNDS = {"bf16": 2e-2, "fp32": 1e-5}  # on the relative difference of the logits of a token, the median of all
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of which makes a tokenizer
 TOKENS = 64  # that merged and unmerged weights are compared on
 
 CARD = """\
@@ -241,15 +242,20 @@ def compare(folder: Path, words: argparse.Namespace, lora: LoraConfig, adapter: 
 
 
 def carry_files(words: argparse.Namespace, folder: Path) -> None:
-    """Copies tokenizer and generation settings, the adapter's before the base's, and the adapter's held-out rows."""
+    """Copies the adapter's tokenizer, else the base's, likewise generation settings, and the adapter's held-out rows.
+
+    All of a tokenizer comes from one folder: what older files say of special tokens, or a template, would change it.
+    """
     from mixtral.weights.files import inside
     from train.convert import TOKENIZER_FILES
 
-    for name in (*TOKENIZER_FILES, "generation_config.json", "held_out.jsonl"):
-        for source in (words.adapter, words.base) if name != "held_out.jsonl" else (words.adapter,):
-            if (source / name).exists():
-                shutil.copyfile(inside(source, name), folder / name)
-                break
+    both = (words.adapter, words.base)
+    own = any((words.adapter / name).exists() for name in TOKENIZERS)
+    wanted = [(name, (both[0 if own else 1],)) for name in TOKENIZER_FILES]
+    for name, sources in [*wanted, ("generation_config.json", both), ("held_out.jsonl", both[:1])]:
+        found = next((source for source in sources if (source / name).exists()), None)
+        if found is not None:
+            shutil.copyfile(inside(found, name), folder / name)
 
 
 def card(words: argparse.Namespace, lora: LoraConfig, error: float, effect: float) -> str:

@@ -15,6 +15,7 @@ from mixtral.weights.names import trained_parameters
 from tests.conftest import SIZES, skew_router
 from tests.train.helpers import read_json, run_small, write_corpus
 from train.config import Config, LoraConfig, trained_names
+from train.data.tokenizer import mixtral_tokenizer
 from train.errors import CheckpointError
 from train.inherit import inherit_adapter
 from train.lora import adapt, adapter_of, find_adapter, initial_adapters, logits_by_layer
@@ -150,6 +151,22 @@ def test_merged_weights_compute_what_the_unmerged_do(case, dtype, tmp_path, caps
     stored = {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()}
     assert stored == {{"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
     assert "logits differ by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", CASES[:1], indirect=True)
+@pytest.mark.parametrize("own", [True, False], ids=["the adapter's", "the base's"])
+def test_a_merged_model_has_one_tokenizer_and_no_file_of_the_other(case, tmp_path, own):
+    """Of what transformers 4 wrote of special tokens, transformers 5 takes the word over `tokenizer_config.json`."""
+    base, *_, folder = case
+    theirs, mine = mixtral_tokenizer(), mixtral_tokenizer()
+    theirs.chat_template, mine.eos_token = "{{ messages }}", "<unk>"
+    theirs.save_pretrained(base)
+    (base / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    if own:
+        mine.save_pretrained(folder)
+    assert export([f"adapter={folder}", f"output_dir={tmp_path / 'merged'}"]) == 0
+    merged = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (merged.eos_token, merged.chat_template) == (("<unk>", None) if own else ("</s>", "{{ messages }}"))
 
 
 def test_a_model_run_layer_by_layer_has_its_logits(base):
