@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         The exit code: 0 done, 2 words, 4 weights that cannot be used, 5 merged weights that compute something else,
         6 the disk.
     """
-    words = parser().parse_args([word if word.startswith("-") or "=" not in word else f"--{word}" for word in argv])
+    words = parser().parse_args(as_options(argv))
     try:
         lora = check(words)
         merge(words, lora)
@@ -77,6 +77,15 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def as_options(words: Sequence[str]) -> list[str]:
+    """Writes KEY=VALUE as --KEY=VALUE; what follows a lone --KEY is its value, be there an = in it."""
+    named = (before.startswith("-") and "=" not in before for before in ["", *words])
+    return [
+        f"--{word}" if "=" in word and not (has_name or word.startswith("-")) else word
+        for word, has_name in zip(words, named, strict=False)
+    ]
 
 
 def check(words: argparse.Namespace) -> LoraConfig:

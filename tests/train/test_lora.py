@@ -153,6 +153,17 @@ def test_merged_weights_compute_what_the_unmerged_do(case, dtype, tmp_path, caps
     assert "logits differ by" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("case", CASES[3:4], indirect=True)
+def test_folders_named_after_their_settings_are_merged_however_they_are_given(case, tmp_path):
+    base, *_, folder = case
+    sweep = folder.rename(tmp_path / "lr=0.1,rank=2")
+    given = ["--adapter", str(sweep), f"base={base}", "--dtype", "fp32"]
+    assert export([*given, f"--output_dir={tmp_path / 'a=1'}"]) == 0
+    assert export([f"adapter={sweep}", "dtype=fp32", "--output_dir", str(tmp_path / "b=2")]) == 0
+    assert (tmp_path / "a=1" / "model.safetensors").is_file()
+    assert (tmp_path / "b=2" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("case", CASES[:1], indirect=True)
 @pytest.mark.parametrize("own", [True, False], ids=["the adapter's", "the base's"])
 def test_a_merged_model_has_one_tokenizer_and_no_file_of_the_other(case, tmp_path, own):
