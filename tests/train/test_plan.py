@@ -504,6 +504,17 @@ def test_the_command_to_start_it_names_the_data_that_a_plan_does_without(tmp_pat
         assert command == f"  torchrun --nproc_per_node 8 -m train recipe=sft_8x7b_lora {said}"
 
 
+@pytest.mark.parametrize("gpus", [8, 12, 16, 20])
+def test_the_commands_of_all_hosts_start_as_many_processes_as_were_planned(gpus):
+    words = ("recipe=sft_8x7b_full", f"plan.gpus={gpus}", "parallel.expert=4", "data.path=x")
+    config = compose_plan(words).config
+    said = command(figures_of(Layout(config, gpus), device_of(config.plan)), words)
+    hosts = int((re.findall(r"--nnodes (\d+)", said) or [1])[0])
+    each, *rest = map(int, re.findall(r"--nproc_per_node (\d+)", said))
+    assert (hosts - 1) * each + (rest or [each])[0] == gpus
+    assert each <= 8
+
+
 def test_moments_of_bf16_take_half_and_are_proposed_where_they_may_be():
     plans = [planned(*FULL, *words, processes=32) for words in ((), ("optim.moments=bf16",))]
     wide, half = (memory_of(layout, EVEN).parts["moments"] for layout in plans)

@@ -123,7 +123,7 @@ def _with_layout(figures: Figures, words: Sequence[str]) -> list[str]:
 
 
 def command(figures: Figures, words: Sequence[str]) -> str:
-    """Gives what starts the run on every host."""
+    """Gives what starts the run on every host, and, where the last one has fewer devices, on that."""
     layout, device = figures.layout, figures.device
     kept = shlex.join(word for word in words if not word.startswith(("plan.", "run.dir=")))
     if layout.config.data.path == UNNAMED and not layout.config.data.sources:
@@ -133,7 +133,9 @@ def command(figures: Figures, words: Sequence[str]) -> str:
     if layout.processes == 1:
         return f"python -m train {kept}"
     meet = f"--nnodes {hosts} --node_rank R --master_addr FIRST_HOST --master_port 29500 " if hosts > 1 else ""
-    return f"torchrun {meet}--nproc_per_node {each} -m train {kept}"
+    rest = layout.processes - (hosts - 1) * each
+    last = f"\non the last host: --nproc_per_node {rest}" if rest != each else ""
+    return f"torchrun {meet}--nproc_per_node {each} -m train {kept}{last}"
 
 
 def calibrated(folder: RunFolder) -> Path:
