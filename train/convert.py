@@ -4,6 +4,7 @@ Nothing heavy is imported before the words are known to be right, so that `--hel
 """
 
 import argparse
+import math
 import shutil
 import sys
 import time
@@ -184,8 +185,17 @@ def convert(words: argparse.Namespace) -> None:
         if isinstance(error, BlockingIOError):
             raise MachineError(f"--output_dir: {error}") from None
         raise MachineError(f"{error.filename or words.output_dir}: {error.strerror or error}") from None
+    total, active = count_parameters(source)
+    print(f"{words.output_dir}: {total:,} parameters, {active:,} active per token, {_gigabytes(size)}")
+
+
+def count_parameters(source: Source) -> tuple[int, int]:
+    """Counts all parameters and those that a token passes through, whichever head there is, or none."""
+    from mixtral.weights import names
+
+    total = sum(map(math.prod, names.hub_shapes(source.config, source.head).values()))
     count = source.config.count_parameters()
-    print(f"{words.output_dir}: {count.total:,} parameters, {count.active:,} active per token, {_gigabytes(size)}")
+    return total, total - count.experts + count.experts_active
 
 
 def say_what_is_lost(config: "MixtralConfig", folder: Path) -> None:

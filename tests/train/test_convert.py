@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mixtral import MixtralConfig, MixtralForCausalLM, MixtralForSequenceClassification
+from mixtral import MixtralConfig, MixtralForCausalLM, MixtralForSequenceClassification, MixtralModel
 from tests.conftest import SIZES
 from tests.mixtral.test_weights_raw import raw_tensors, write
 from train.cli import main
@@ -204,6 +204,15 @@ def test_a_classifier_stays_one_and_does_not_fit_the_raw_format(tmp_path, capsys
     capsys.readouterr()
     assert convert(tmp_path / "hub", tmp_path / "raw", "--to", "mistral") == 4
     assert "hub is no causal language model" in error_of(capsys)
+
+
+@pytest.mark.parametrize("kind", [MixtralForCausalLM, MixtralForSequenceClassification, MixtralModel])
+def test_the_parameters_that_are_counted_are_those_that_are_there(tmp_path, capsys, kind):
+    model = kind(MixtralConfig(**SIZES, num_labels=3))
+    model.save_pretrained(tmp_path / "hub")
+    assert convert(tmp_path / "hub", tmp_path / "out") == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert f": {sum(parameter.numel() for parameter in model.parameters()):,} parameters" in said
 
 
 @pytest.mark.slow
