@@ -11,13 +11,15 @@ if [[ $folder == "~/"* ]]; then folder=$HOME/${folder:2}; fi # as the run reads 
 [ -n "$folder" ] || { echo "error: run.dir=FOLDER is needed: a restart goes on in the same folder" >&2; exit 2; }
 
 started=$(mktemp)
-trap 'rm -f "$started"' EXIT
+export CIERZO_CODE_FILE=$started.code # where a run that ends before it has a folder says why
+trap 'rm -f "$started" "$CIERZO_CODE_FILE"' EXIT
 stopped=
 trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT # the run saves, and is not started again
 left=${RESTARTS:-10}
 while true; do
   before=$(cat "$folder/checkpoints/latest" 2>/dev/null || true)
   touch "$started"
+  rm -f "$CIERZO_CODE_FILE"
   bash launch/torchrun.sh "$@" &
   child=$!
   code=0
@@ -27,6 +29,8 @@ while true; do
   # torchrun's own code says nothing of why
   if [ "$folder/exit.json" -nt "$started" ]; then
     code=$(sed -n 's/.*"code": \([0-9]*\).*/\1/p' "$folder/exit.json")
+  elif [ -s "$CIERZO_CODE_FILE" ]; then
+    code=$(cat "$CIERZO_CODE_FILE")
   fi
   [ -n "$stopped" ] && exit "${code:-1}"
   case $code in 2 | 3 | 4 | 5) exit "$code" ;; esac # what no restart mends

@@ -4,8 +4,12 @@ import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 
 LINGER_SECONDS = 12.0
+CODE_FILE = "CIERZO_CODE_FILE"
+"""Variable with the path of a file for the exit code of what went wrong: a launcher has its own, and before there is a
+run folder there is no `exit.json`. It is for launch/supervise.sh and slurm.sbatch."""
 
 
 class UserError(Exception):
@@ -101,7 +105,10 @@ def report(error: UserError | StopSignal, *, met: bool) -> None:
         error: what to say.
         met: whether the processes have met, and raise the same; before, the first of each host speaks for its host.
     """
-    rank = os.environ.get("RANK", "0")
+    rank, code_file = os.environ.get("RANK", "0"), os.environ.get(CODE_FILE)
+    if rank == "0" and code_file:
+        with contextlib.suppress(OSError):
+            Path(code_file).write_text(f"{error.code}\n", encoding="utf-8")
     if rank == "0" or (not met and os.environ.get("LOCAL_RANK", rank) == "0"):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif isinstance(error, UserError):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -113,6 +114,24 @@ def test_a_slurm_job_queues_itself_again_where_that_is_of_use(tmp_path, code, re
     done = subprocess.run(script, env=os.environ | environment, capture_output=True, text=True)
     assert (done.returncode == 0) == (code == 0), done.stderr
     assert (tmp_path / "queued").exists() == queued
+
+
+@pytest.mark.parametrize("script", ["supervise.sh", "slurm.sbatch"])
+def test_a_mistake_that_is_found_before_there_is_a_folder_is_not_repeated(tmp_path, script):
+    """A launcher ends with 1, whatever its processes end with."""
+    for name in ("torchrun", "srun"):
+        stub(tmp_path / "bin", name, f"echo >> {tmp_path}/log; {sys.executable} -m train train.max_step=3; exit 1")
+    stub(tmp_path / "bin", "scontrol", f"echo $1 >> {tmp_path}/asked; echo host")
+    (tmp_path / "tmp").mkdir()
+    environment = os.environ | JOB | {"PROCESSES": "1", "RESTARTS": "2", "TMPDIR": str(tmp_path / "tmp")}
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+    command = ["bash", ROOT / "launch" / script, f"run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: unknown key train.max_step") == 1
+    assert (tmp_path / "log").read_text() == "\n"
+    assert script == "supervise.sh" or (tmp_path / "asked").read_text() == "show\n"
+    assert not any((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("script", ["supervise.sh", "slurm.sbatch"])
