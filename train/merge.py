@@ -126,9 +126,9 @@ def merge(words: argparse.Namespace, lora: LoraConfig) -> None:
         base.config = merged_config(words, base)
         adapter = open_adapter(lora, base.config)
         with new_folder(words.output_dir) as folder:
+            carry_files(words, folder)  # before what takes long, since it may be refused
             write_merged(folder, base, adapter, lora, words.dtype)
             figures = compare(folder, words, lora, adapter)
-            carry_files(words, folder)
             (folder / "README.md").write_text(card(words, lora, *figures), encoding="utf-8")
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
@@ -285,9 +285,10 @@ def card(words: argparse.Namespace, lora: LoraConfig, error: float, effect: floa
 
 
 def table_of(path: Path) -> Iterator[str]:
-    """Yields the lines of the table in an adapter's card, if it has one."""
+    """Yields the lines of the table in an adapter's card, if it has one; what is not UTF-8 is replaced."""
     if path.exists():
-        yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|"))
+        text = path.read_text(encoding="utf-8", errors="replace")
+        yield from (line for line in text.splitlines() if line.startswith("|"))
 
 
 if __name__ == "__main__":

@@ -154,6 +154,24 @@ def test_merged_weights_compute_what_the_unmerged_do(case, dtype, tmp_path, caps
 
 
 @pytest.mark.parametrize("case", CASES[3:4], indirect=True)
+def test_a_card_in_another_encoding_does_not_cost_the_merged_weights(case, tmp_path):
+    folder = case[3]
+    (folder / "README.md").write_bytes("| caf\u00e9 | 1 |\n".encode("latin-1"))
+    assert export([f"adapter={folder}", f"output_dir={tmp_path / 'merged'}"]) == 0
+    assert "| caf\ufffd | 1 |" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", CASES[3:4], indirect=True)
+def test_a_tokenizer_that_cannot_be_carried_is_refused_before_weights_are_merged(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.merge.write_merged", lambda *_: pytest.fail("the weights came first"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (case[3] / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    assert export([f"adapter={case[3]}", f"output_dir={tmp_path / 'merged'}"]) == 4
+    assert "'tokenizer.json', which is not inside of the folder" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("case", CASES[3:4], indirect=True)
 def test_folders_named_after_their_settings_are_merged_however_they_are_given(case, tmp_path):
     base, *_, folder = case
     sweep = folder.rename(tmp_path / "lr=0.1,rank=2")
