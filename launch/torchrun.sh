@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Starts a run by torchrun: PROCESSES=8 launch/torchrun.sh recipe=R KEY=VALUE ...; several hosts: launch/multi_node.md.
 set -euo pipefail
+trap 'exit 2' EXIT # of a variable that is missing, which no restart mends; else torchrun takes this shell's place
 processes=${PROCESSES:?how many processes on this host: one for each GPU}
 if [ "${HOSTS:-1}" = 1 ]; then
   meeting=(--rdzv-backend c10d --rdzv-endpoint localhost:0) # 0: any free port

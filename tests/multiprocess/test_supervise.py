@@ -134,6 +134,15 @@ def test_a_mistake_that_is_found_before_there_is_a_folder_is_not_repeated(tmp_pa
     assert not any((tmp_path / "tmp").iterdir())
 
 
+def test_a_variable_that_is_missing_is_named_once(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PROCESSES"} | {"RESTARTS": "2"}
+    command = ["bash", ROOT / "launch" / "supervise.sh", f"run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("PROCESSES: how many processes on this host") == 1
+    assert "starts again" not in done.stderr
+
+
 @pytest.mark.parametrize("script", ["supervise.sh", "slurm.sbatch"])
 def test_a_folder_below_home_is_looked_for_where_the_run_has_it(tmp_path, script):
     (tmp_path / "run").mkdir()
