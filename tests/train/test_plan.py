@@ -126,7 +126,8 @@ def test_what_a_layer_keeps_is_what_its_operations_save(words, precision, backen
     assert 0.88 <= (many - few) / 2 / (kept.dense.total + kept.routed.total) <= 1
 
 
-FULL = ("recipe=sft_8x7b_full",)
+KEPT = ("train.recompute=none", "train.micro_batch_size=1", "train.gradient_accumulation_steps=4")
+FULL = ("recipe=sft_8x7b_full", "parallel.zero=2", *KEPT)
 
 
 def test_full_fine_tuning_of_8x7b_needs_32_gpus_of_80_gb_unless_it_offloads_recomputes_or_is_tight():
@@ -165,11 +166,11 @@ def test_adapters_of_8x7b_fit_eight_gpus_of_80_gb_with_experts_over_eight():
 
 
 def test_adapters_of_8x22b_need_sixteen_gpus_of_80_gb_unless_they_offload_or_recompute():
-    plan = compose_plan(["recipe=sft_8x22b_lora"]).config
+    plan = compose_plan(["recipe=sft_8x22b_lora", *KEPT]).config
     h100 = device_of(plan.plan)
     # eight hold 281 GB of bf16 weights, 35 GB each; 2048 tokens keep 41 GB in 56 layers, with an even load; ZeRO-3's
     # bucket and the weights that it brings together are 2 GB each
-    eight = memory_of(planned("recipe=sft_8x22b_lora", processes=8), EVEN).moments["loss"]
+    eight = memory_of(planned("recipe=sft_8x22b_lora", *KEPT, processes=8), EVEN).moments["loss"]
     assert 2 * 140.6 / 8 + 41 + 2 + 2 > 80
     assert eight["weights"] / GB == pytest.approx(2 * 140.6 / 8, rel=0.02)
     assert (eight["activations"] + eight["routed rows"]) / GB == pytest.approx(41, abs=1)
@@ -401,7 +402,7 @@ def test_more_gpus_are_proposed_with_fewer_passes_so_that_the_batch_stays_or_wit
 
 
 def test_the_layout_that_was_given_has_a_row_with_the_memory_of_the_host_where_any_takes_it(tmp_path, capsys):
-    words = ["recipe=sft_8x7b_full", "plan.gpus=8", "plan.search=true", f"run.dir={tmp_path / 'plan'}"]
+    words = [*FULL, "plan.gpus=8", "plan.search=true", f"run.dir={tmp_path / 'plan'}"]
     assert main(["plan", *words]) == 0
     table, least = capsys.readouterr().out.split("the best layouts that fit")[1].split("the fewest that do")
     given = [line for line in table.splitlines() if "as given" in line]
@@ -506,7 +507,7 @@ def test_the_command_to_start_it_names_the_data_that_a_plan_does_without(tmp_pat
 
 @pytest.mark.parametrize("gpus", [8, 12, 16, 20])
 def test_the_commands_of_all_hosts_start_as_many_processes_as_were_planned(gpus):
-    words = ("recipe=sft_8x7b_full", f"plan.gpus={gpus}", "parallel.expert=4", "data.path=x")
+    words = (*FULL, f"plan.gpus={gpus}", "parallel.expert=4", "data.path=x")
     config = compose_plan(words).config
     said = command(figures_of(Layout(config, gpus), device_of(config.plan)), words)
     hosts = int((re.findall(r"--nnodes (\d+)", said) or [1])[0])
@@ -528,7 +529,7 @@ def test_moments_of_bf16_take_half_and_are_proposed_where_they_may_be():
 
 
 def test_overlapped_rows_travel_while_experts_compute():
-    words = ("recipe=sft_8x7b_full", "data.path=x", "parallel.expert=8", "plan.gpu=h100-80g")
+    words = (*FULL, "data.path=x", "parallel.expert=8", "plan.gpu=h100-80g")
 
     def planned_with(degree):
         layout = planned(*words, f"parallel.overlap_degree={degree}", processes=32)
@@ -571,7 +572,7 @@ def test_tiled_attention_saves_time_in_bf16_on_a_processor_alone():
 
 
 def test_moments_of_bf16_cost_time():
-    words = ("recipe=sft_8x7b_full", "plan.gpu=h100-80g")
+    words = (*FULL, "plan.gpu=h100-80g")
     device = device_of(compose_plan(FULL).config.plan)
     whole, half = (
         step_of(planned(*words, f"optim.moments={kind}", processes=32), device, EVEN) for kind in ("fp32", "bf16")

@@ -12,6 +12,9 @@ from train.compose import compose, recipes
 from train.config import PROBLEMS, check_training, keys
 from train.lora import adapter_of, shapes
 from train.parallel.launcher import check_launch
+from train.plan.figures import figures_of
+from train.plan.hardware import device_of
+from train.plan.layout import Layout
 
 SIZES = {  # as the hub's config.json say
     "mistralai/Mixtral-8x7B-v0.1": {"max_position_embeddings": 32768},
@@ -88,7 +91,8 @@ def test_the_memory_in_a_header_is_that_of_its_layout(name, tmp_path):
     weights = count.experts / config.parallel.expert + others if whole else (count.experts + others) / gpus
     tokens = config.train.micro_batch_size * config.data.sequence_length
     rows = 20 if adapter else 11  # with adapters and their dropout, and without
-    per_token = (4 * full.intermediate_size + rows * full.hidden_size) * full.num_hidden_layers
+    layer, layers = 4 * full.intermediate_size + rows * full.hidden_size, full.num_hidden_layers
+    per_token = full.hidden_size * layers + layer if config.train.recompute == "layers" else layer * layers
     assert config.parallel.zero >= 2  # which shares gradients and moments out
     bytes_of = {
         "weights": 2 * weights,
@@ -103,3 +107,17 @@ def test_the_memory_in_a_header_is_that_of_its_layout(name, tmp_path):
     assert sum(said.values()) < 0.85 * size
     (total,) = re.findall(r"^#   in all +([\d.]+) GB", text, re.MULTILINE)
     assert float(total) == pytest.approx(sum(said.values()), abs=0.06)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_no_recipe_is_planned_to_spend_its_step_on_traffic(name, tmp_path):
+    text, config = recipes()[name].read_text(), composed(name, tmp_path)
+    (gpus,) = map(int, re.findall(r"^# Needs (\d+) GPUs", text, flags=re.MULTILINE))
+    figures = figures_of(Layout(config, gpus, on_gpu=True), device_of(config.plan))
+    assert figures.fits
+    assert not figures.is_tight
+    said = re.findall(r"`cierzo plan` says (\d+) to (\d+) GB", text)
+    assert len(said) == (config.train.recompute == "layers")
+    for peaks in said:
+        assert [*map(int, peaks)] == [round(memory.peak / 1e9) for memory in (figures.median, figures.high)]
+    assert figures.step.parts["ZeRO traffic"] < 0.1 * figures.step.seconds
