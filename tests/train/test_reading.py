@@ -1,8 +1,10 @@
 """Files read by several processes: the documents, errors and caches of one."""
 
-import multiprocessing
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -35,6 +37,34 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
+def readers(group=None):
+    """Processes that read, of this process or of a group."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            _, parent, its_group = (place / "stat").read_text().rpartition(")")[2].split()[:3]
+            is_reader = b"train.data.reading" in (place / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if is_reader and (int(parent) == os.getpid() if group is None else int(its_group) == group):
+            found.append(int(place.name))
+    return found
+
+
+SCRIPT = """\
+import signal, sys
+from pathlib import Path
+import datasets
+from train.config import DataConfig
+from train.data import reading
+from train.data.sources import load_documents
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(75))
+datasets.config.HF_DATASETS_CACHE = Path(sys.argv[1])
+reading.GROUP_BYTES, reading.MOST_GROUPS = 1, 10**9
+print(len(load_documents(DataConfig(path=sys.argv[2], workers=2))))
+"""  # without a guard of its `__main__`
+
+
 def mixed(folder):
     """Files of which the first has no row of columns, and the last would be taken for another format alone."""
     (folder / "a.jsonl").write_text('[]\n{"text": \n')
@@ -58,7 +88,7 @@ def test_several_processes_read_what_one_does_in_its_order(folder, monkeypatch, 
     again = load_documents(config)
     assert list(found) == list(again) == rows
     assert found._fingerprint == again._fingerprint
-    assert not multiprocessing.active_children()
+    assert not readers()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -68,7 +98,7 @@ def test_the_first_bad_file_is_named_by_its_line(folder, workers, capsys):
     (folder / "c.csv").write_text('text\n"never closed\n')
     with pytest.raises(DataError, match=r"data/b.csv:30001: not CSV"):
         load_documents(DataConfig(path=str(folder), workers=workers))
-    assert not multiprocessing.active_children()
+    assert not readers()
     assert run_small(folder.parent / "run", f"data.path={folder}", f"data.workers={workers}") == 3
     assert f"error: {folder}/b.csv:30001: not CSV" in capsys.readouterr().err
     (folder / "b.csv").unlink()
@@ -111,9 +141,9 @@ def test_a_killed_reader_is_named_and_leaves_nothing_that_is_taken_for_whole(fol
     def kill() -> None:
         while not (partial := next(cache.glob("*.partial"), None)) or not partial.stat().st_size:
             time.sleep(0.002)
-        for reader in multiprocessing.active_children():
-            if partial in (fd.resolve() for fd in Path(f"/proc/{reader.pid}/fd").iterdir()):
-                os.kill(reader.pid, signal.SIGKILL)
+        for reader in readers():
+            if partial in (fd.resolve() for fd in Path(f"/proc/{reader}/fd").iterdir()):
+                os.kill(reader, signal.SIGKILL)
 
     cache.mkdir(parents=True)
     killer = threading.Thread(target=kill, daemon=True)
@@ -121,6 +151,39 @@ def test_a_killed_reader_is_named_and_leaves_nothing_that_is_taken_for_whole(fol
     with pytest.raises(MachineError, match="a process that read files was killed"):
         load_documents(config)
     killer.join()
-    assert not multiprocessing.active_children()
+    assert not readers()
     assert not list(cache.glob("*.partial"))
     assert len(load_documents(config)) == 90_000
+
+
+@pytest.mark.parametrize("name", ["script.py", "-"])
+def test_a_script_that_guards_nothing_reads_with_several_processes(folder, tmp_path, name):
+    for number in range(3):
+        write_corpus(folder / f"{number}.jsonl", 10)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    script = name if name == "-" else str(tmp_path / name)
+    command = [sys.executable, script, str(tmp_path / "cache"), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(Path(reading.__file__).parents[2])}
+    done = subprocess.run(command, input=SCRIPT, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "30\n"), done.stderr[-3000:]
+
+
+def test_processes_that_are_stopped_together_end_though_a_reader_was_idle(folder, cache):
+    write_corpus(folder / "a.jsonl", 10)
+    (folder / "b.jsonl").write_text('{"text": "one of many lines"}\n' * 1_000_000)
+    environment = os.environ | {"PYTHONPATH": str(Path(reading.__file__).parents[2])}
+    command = [sys.executable, "-c", SCRIPT, str(cache.parent), str(folder)]
+    started = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        while not list(cache.glob("*.arrow")):
+            assert started.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.killpg(started.pid, signal.SIGTERM)
+        assert started.wait(30) == 75
+        assert not readers(started.pid)
+        assert not list(cache.glob("*.partial"))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()

@@ -3,14 +3,17 @@
 It imports neither torch nor `datasets`, so that a process that reads starts in a moment.
 """
 
+import contextlib
 import hashlib
-import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +21,10 @@ import pyarrow as pa
 
 from train.data.files import Rows, read_rows
 from train.data.formats import BLANK, Schema, as_document
-from train.errors import DataError, MachineError
+from train.errors import DataError, MachineError, UserError
 
 GROUP_BYTES = 16 << 20  # of files that are read into one: a process earns its start by as many
 MOST_GROUPS = 256  # about as many of a source, however large: each is open, and mapped, in every process
-POLL_SECONDS = 0.2
 Progress = Callable[[int], object]
 
 
@@ -168,27 +170,88 @@ def read(groups: Sequence[Group], columns: pa.Schema, workers: int, progress: Pr
 
 
 def _read_in_processes(groups: Sequence[Group], columns: pa.Schema, workers: int, progress: Progress) -> None:
-    context, before = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
-    with context.Pool(workers, _begin) as pool:
-        readers = set(multiprocessing.active_children()) - before
-        work = partial(_read_group, columns=columns, progress=_silent, starter=os.getpid())
-        done = pool.imap(work, groups)
-        read = 0
-        while read < len(groups):
-            try:
-                progress(done.next(POLL_SECONDS))
-                read += 1
-            except multiprocessing.TimeoutError:
-                if not readers <= set(multiprocessing.active_children()):
-                    raise MachineError(
-                        "a process that read files was killed, perhaps for its memory: try fewer data.workers"
-                    ) from None
+    """Gives each process a group and, once it is read, the next; none waits for what another holds, or has held."""
+    readers: list[_Reader] = []
+    busy: dict[Connection, int] = {}
+    found: dict[int, int | Exception] = {}
+    left = iter(enumerate(groups))
+
+    def occupy(pipe: Connection) -> None:
+        number, group = next(left, (0, None))
+        if group is None:
+            pipe.close()
+            return
+        with contextlib.suppress(ConnectionError):  # of a dead process, whose end is met below
+            pipe.send((group, columns, os.getpid()))
+        busy[pipe] = number
+
+    try:
+        for _ in range(workers):
+            readers.append(_Reader())
+            occupy(readers[-1].pipe)
+        for number in range(len(groups)):
+            while number not in found:
+                for pipe in wait(list(busy)):
+                    assert isinstance(pipe, Connection)
+                    found[busy.pop(pipe)] = _answer(pipe)
+                    occupy(pipe)
+            if isinstance(answer := found.pop(number), Exception):
+                raise answer
+            progress(answer)
+    finally:
+        for reader in readers:
+            reader.end()
 
 
-def _begin() -> None:
-    """Leaves it to whoever started this process to end it."""
-    for number in (signal.SIGINT, signal.SIGHUP):
+def _answer(pipe: Connection) -> int | Exception:
+    try:
+        answer: int | Exception = pipe.recv()
+    except (EOFError, ConnectionError):
+        raise MachineError(
+            "a process that read files was killed, perhaps for its memory: try fewer data.workers"
+        ) from None
+    return answer
+
+
+class _Reader:
+    """A process that reads what it is sent, until this one closes the pipe, or dies.
+
+    It imports nothing of the program that starts it, which may be a script that does all it does when it is imported.
+    """
+
+    def __init__(self) -> None:
+        self.pipe, theirs = Pipe()
+        code = f"import sys; sys.path[:] = {[str(place) for place in sys.path]!r}"
+        code += f"; from train.data.reading import serve; serve({theirs.fileno()})"
+        with theirs:
+            command, handles = [sys.executable, "-c", code], [theirs.fileno()]
+            self._process = subprocess.Popen(command, pass_fds=handles, stdin=subprocess.DEVNULL)
+
+    def end(self) -> None:
+        """Ends it, whatever it does."""
+        self.pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(handle: int) -> None:
+    """Reads groups that whoever started this process sends, who is told how many documents each has, or its error.
+
+    Args:
+        handle: of the pipe.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):  # it is left to that one to end this
         signal.signal(number, signal.SIG_IGN)
+    with Connection(handle) as pipe, contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            group, columns, starter = pipe.recv()
+            try:
+                answer: int | Exception = _read_group(group, columns, _silent, starter)
+            except Exception as error:
+                if not isinstance(error, UserError):
+                    error.add_note(traceback.format_exc())
+                answer = error
+            pipe.send(answer)
 
 
 def _silent(count: int) -> None:
