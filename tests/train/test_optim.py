@@ -1,5 +1,8 @@
 """Optimizers, master weights and schedules."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers
@@ -8,6 +11,7 @@ from tests.train.helpers import run_small, write_corpus
 from train import optim
 from train.config import OptimConfig, ScheduleConfig
 from train.optim import MasterWeights, build_optimizer, global_norm, learning_rate, warm_up_warning
+from train.parallel.collected import Collected
 
 STEPS, WARMUP = 50, 10
 
@@ -208,3 +212,17 @@ def test_a_warm_up_that_outlasts_the_run_is_warned_of():
     assert "only rises, to 0.0005 of optim.lr=0.001" in (warm_up_warning(5, 1e-3, config) or "")
     assert "schedule.warmup_steps=10, but the run has 10 steps" in (warm_up_warning(10, 1e-3, config) or "")
     assert warm_up_warning(1, 1e-3, ScheduleConfig()) is None
+
+
+def test_a_model_whose_gradients_were_collected_is_let_go_of():
+    model = torch.nn.Linear(4, 4).bfloat16()
+    masters = MasterWeights(model)
+    collected = Collected(masters, 1)
+    for last in (False, True):
+        with collected.during(last=last):
+            model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+    assert masters.by_name["weight"].grad.tolist() == [[2.0] * 4] * 4
+    held = weakref.ref(model.weight), weakref.ref(masters.by_name["weight"])
+    del model, masters, collected
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]

@@ -1,7 +1,9 @@
 """A bf16 model's gradients on their way into its masters, while backward goes on to compute others."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -27,8 +29,9 @@ class Collected:
         self._active = self._summed = False
         self._arrived: set[nn.Parameter] = set()
         self._under_way: list[Any] = []
+        arrive = partial(Collected._arrive, weakref.proxy(self))  # a hook that held the masters would never be freed
         for parameter, _ in masters.pairs:
-            parameter.register_post_accumulate_grad_hook(self._arrive)
+            parameter.register_post_accumulate_grad_hook(arrive)
 
     @contextlib.contextmanager
     def during(self, *, last: bool) -> Iterator[None]:
