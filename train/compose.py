@@ -172,7 +172,7 @@ def _quoted(word: str) -> str:
     if kind == list[str] and (items := _items(value, "[]")):
         return f"{name}=[{','.join(map(_as_text, items))}]"
     pairs = [item.partition(":") for item in _items(value, "{}")] if kind == dict[str, str] else []
-    if pairs and all(mark for _, mark, _ in pairs):
+    if pairs and all(text.strip() for _, _, text in pairs):
         return f"{name}={{{','.join(f'{key}:{_as_text(text.strip())}' for key, _, text in pairs)}}}"
     return word
 

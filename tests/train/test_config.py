@@ -218,7 +218,8 @@ def test_texts_of_lists_and_maps_need_no_quotes_either(tmp_path):
 
 def test_what_is_no_list_or_map_of_texts_is_refused_or_empty():
     assert compose(["recipe=demo", "evaluate.compare=[]", "data.columns={}"]).config.evaluate.compare == []
-    for word in ("evaluate.compare=[a,,b]", "evaluate.compare=a", "data.columns={text}", "data.columns=[text: a]"):
+    maps = ("data.columns={text}", "data.columns={text: }", "data.columns=[text: a]")
+    for word in ("evaluate.compare=[a,,b]", "evaluate.compare=a", *maps):
         with pytest.raises(ConfigError, match=word.partition("=")[0]):
             compose(["recipe=demo", word])
 
