@@ -1,11 +1,35 @@
 """One process of two that compute gradients in opposite orders, and some of none in a step's last pass or at all."""
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from train.optim import MasterWeights
 from train.parallel.collected import Collected
+
+
+class Failing(torch.autograd.Function):
+    """Fails where backward comes by, as for want of memory."""
+
+    @staticmethod
+    def forward(_, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        raise MemoryError
+
+
+def fail_between(model: nn.ModuleDict, masters: MasterWeights, collected: Collected) -> None:
+    """Has a last pass fail when the first sums travel already, and lets go of its gradients."""
+    failing = Failing.apply(model["first"](torch.ones(1, 7).bfloat16())).sum()
+    there = sum(model[name](torch.ones(1, 2 + len(name)).bfloat16()).sum() for name in ("early", "idle"))
+    with contextlib.suppress(MemoryError), collected.during(last=True):
+        (failing + there).backward()  # which comes to what was computed last first
+    for one in (*model.parameters(), *masters.by_name.values()):
+        one.grad = None
 
 
 def main() -> None:
@@ -34,6 +58,10 @@ def main() -> None:
     for name, expected in (("first", 6.0), ("second", 3.0), ("early", 3.0)):  # 1 of one process, 2 of the other
         assert (sums[f"{name}.weight"] == expected).all(), name
     assert sums["idle.weight"] is None
+    fail_between(model, masters, collected)
+    with collected.during(last=True):
+        sum(outputs(*names)).backward()
+    assert all((master.grad == 3.0).all() for master in masters.by_name.values()), "a sum after a failed pass"
     if rank == 0:
         print("held")
     dist.destroy_process_group()

@@ -43,15 +43,16 @@ class Collected:
         self._active = self._summed or not last or self._masters.has_collected
         try:
             yield
+            left = self._order[len(self._under_way) :] if self._summed else ()  # behind what no loss depends on
+            for _, master in left:
+                self._send(master)
+            for pending in self._under_way:
+                if pending is not None:
+                    pending.wait()
         finally:
             self._active = False
             self._arrived.clear()
-        for _, master in self._order[len(self._under_way) :] if self._summed else ():  # behind what no loss depends on
-            self._send(master)
-        for pending in self._under_way:
-            if pending is not None:
-                pending.wait()
-        self._under_way.clear()
+            self._under_way.clear()
 
     def _arrive(self, parameter: nn.Parameter) -> None:
         if not self._active:
