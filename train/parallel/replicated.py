@@ -1,4 +1,4 @@
-"""Every process holds the whole model: gradients are averaged by DistributedDataParallel, or in bf16 by the step."""
+"""Every process holds the whole model: DistributedDataParallel averages gradients, or in bf16 `Collected` sums them."""
 
 import contextlib
 from collections.abc import Collection, Iterator
