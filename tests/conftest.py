@@ -15,13 +15,15 @@ for ignored in (signal.SIGINT, signal.SIGHUP):  # by nohup, or a shell in the ba
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, signal.SIG_DFL)
 
-gc.disable()  # up to the end of the collection: what it imports stays
+gc.disable()  # while what stays to the end is imported
 
 import pytest
 import torch
 import transformers
 
 from mixtral import MixtralConfig, MixtralForCausalLM
+
+gc.enable()
 
 SIZES = {
     "vocab_size": 128,
@@ -44,7 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Leaves all that was imported out of the collections that runs ask for, which were a quarter of their tests."""
-    gc.enable()
     gc.freeze()
 
 

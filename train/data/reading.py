@@ -247,7 +247,7 @@ def serve(handle: int) -> None:
             group, columns, starter = pipe.recv()
             try:
                 answer: int | Exception = _read_group(group, columns, _silent, starter)
-            except Exception as error:
+            except Exception as error:  # whatever it is, it is raised where the answer is awaited
                 if not isinstance(error, UserError):
                     error.add_note(traceback.format_exc())
                 answer = error

@@ -200,9 +200,7 @@ def _open(source: SourceConfig, part: int, config: DataConfig) -> Dataset | Iter
         schema = _schema(asdict(source))
         if not config.streaming:
             return _open_files(found, schema, part, config.workers)
-        settled = asdict(
-            reading.recognised(found, schema)
-        )  # by the first of the files, which a stream reads one by one
+        settled = asdict(reading.recognised(found, schema))  # by all files, of which a stream sees one at a time
         arguments = {"files": [str(file) for file in found], "source": settled, "part": part, "strict": strict}
         return IterableDataset.from_generator(_read_files, features=FEATURES, gen_kwargs=arguments)
     repository = source.path.partition("@")[0]
@@ -326,9 +324,10 @@ def _open_saved(path: Path, source: SourceConfig, streaming: bool) -> Dataset | 
 
 def _validate(saved: Dataset) -> None:
     """Looks through all of a saved dataset, unless that was done since its files changed."""
-    files = [Path(file["filename"]) for file in saved.cache_files]
-    done = _cache([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]).with_suffix(".valid")
-    if not (files and done.exists()):
+    places = [Path(file["filename"]) for file in saved.cache_files]
+    stamps = [(str(place), place.stat().st_size, place.stat().st_mtime_ns) for place in places]
+    done = _cache(stamps).with_suffix(".valid")
+    if not (places and done.exists()):
         saved.data.table.validate(full=True)
         done.touch()
 
