@@ -22,7 +22,7 @@ def test_nothing_is_kept_where_all_was_imported_before():
     before = gc.get_freeze_count()
     with uncollected():
         mine = [[]]
-    assert gc.get_freeze_count() == before
+    assert gc.get_freeze_count() <= before, "what was kept before may be let go of meanwhile, nothing may be added"
     assert any(found is mine for found in gc.get_objects())
 
 
