@@ -150,8 +150,7 @@ def plain_steps(
     config: Config, model: MixtralForCausalLM, batches: list[list[list[Batch]]], device: torch.device
 ) -> list[Step]:
     """Takes the steps in one process, in the model's own precision and kernels: the rounding that precision costs."""
-    masters = MasterWeights(model)
-    model.to(device).train()
+    masters = MasterWeights(model.to(device).train())
     load_LE, found = uneven_load(model.config, device).float(), []
     for micro_steps in batches:
         total, tokens = _accumulate(config, model, masters, micro_steps, load_LE)
