@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from tests.multiprocess.layouts import launch_jobs
 from tests.stand_in.device import COMPILER, build
@@ -13,6 +14,7 @@ pytestmark = [
     pytest.mark.multiprocess,
     pytest.mark.slow,
     pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the stand-in for a GPU"),
+    pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch has a CUDA device of its own"),
 ]
 
 SPLIT = ["parallel.expert=2", "parallel.overlap_degree=2"]
