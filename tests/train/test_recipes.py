@@ -31,7 +31,7 @@ LARGE = [
 ]
 
 
-def composed(name, folder):
+def composed(name, folder, *more):
     """Composes a recipe as its header's launch command does, the hub's weights described in a folder."""
     recipe, words = yaml.safe_load(recipes()[name].read_text()), []
     source = recipe.get("model", {}).get("init_from")
@@ -39,7 +39,7 @@ def composed(name, folder):
         described = MixtralConfig(**SIZES[source]).to_dict()
         (folder / "config.json").write_text(json.dumps(described))
         words = [f"model.init_from={folder}"]
-    return compose([f"recipe={name}", *words, *(["data.path=x"] if name in LARGE else [])]).config
+    return compose([f"recipe={name}", *words, *(["data.path=x"] if name in LARGE else []), *more]).config
 
 
 def test_the_published_sizes_all_have_a_recipe():
@@ -121,3 +121,22 @@ def test_no_recipe_is_planned_to_spend_its_step_on_traffic(name, tmp_path):
     for peaks in said:
         assert [*map(int, peaks)] == [round(memory.peak / 1e9) for memory in (figures.median, figures.high)]
     assert figures.step.parts["ZeRO traffic"] < 0.1 * figures.step.seconds
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_a_header_advises_for_larger_gpus_fits_them_and_is_planned_to_be_faster(name, tmp_path):
+    text, config = recipes()[name].read_text(), composed(name, tmp_path)
+    (gpus,) = map(int, re.findall(r"^# Needs (\d+) GPUs", text, flags=re.MULTILINE))
+    advice = re.findall(r"^# On GPUs of 141 GB, (.*?) is faster", text, re.MULTILINE | re.DOTALL)
+    assert len(advice) == (name == "sft_8x22b_lora")
+    for words in advice:
+        larger = composed(name, tmp_path, "plan.gpu=h200-141g", *re.findall(r"[\w.]+=\w+", words))
+        steps = [larger.train.gradient_accumulation_steps * larger.train.micro_batch_size]
+        steps += [config.train.gradient_accumulation_steps * config.train.micro_batch_size]
+        assert steps[0] == steps[1]
+        advised, plain = (
+            figures_of(Layout(one, gpus, on_gpu=True), device_of(larger.plan)) for one in (larger, config)
+        )
+        assert advised.fits
+        assert not advised.is_tight
+        assert advised.step.seconds < plain.step.seconds
