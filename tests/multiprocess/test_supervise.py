@@ -116,6 +116,31 @@ def test_a_slurm_job_queues_itself_again_where_that_is_of_use(tmp_path, code, re
     assert (tmp_path / "queued").exists() == queued
 
 
+def slurm_job(folder, srun):
+    """Runs a job whose srun is a stub; returns its code, and whether it was queued again."""
+    stub(folder / "bin", "srun", srun)
+    stub(folder / "bin", "scontrol", f'if [ "$1" = requeue ]; then echo "$2" > {folder}/queued; else echo host; fi')
+    environment = os.environ | JOB | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ROOT / "launch/slurm.sbatch", f"run.dir={folder / 'run'}"], env=environment)
+    return done.returncode, (folder / "queued").exists()
+
+
+@pytest.mark.parametrize(
+    ("srun", "ends"),
+    [
+        ("exit 1", (1, True)),  # a node died before the run had its folder
+        ("exit 2", (2, False)),  # the launcher's own: a variable, or torchrun itself, is missing
+        ("echo '{\"code\": 4}' > %s; exit 1", (4, False)),
+    ],
+    ids=["died at once", "no launcher", "mistaken"],
+)
+def test_a_slurm_job_takes_no_earlier_jobs_reason_for_its_own(tmp_path, srun, ends):
+    reason = tmp_path / "run" / "exit.json"
+    reason.parent.mkdir()
+    reason.write_text('{"code": 3}')
+    assert slurm_job(tmp_path, srun.replace("%s", str(reason))) == ends
+
+
 @pytest.mark.parametrize("script", ["supervise.sh", "slurm.sbatch"])
 def test_a_mistake_that_is_found_before_there_is_a_folder_is_not_repeated(tmp_path, script):
     """A launcher ends with 1, whatever its processes end with."""
