@@ -98,8 +98,9 @@ class Preempted(StopSignal):
 def report(error: UserError | StopSignal, *, met: bool) -> None:
     """Says an error once: one process prints it, the others give it time to, but for a signal, which all get.
 
-    A launcher ends all processes as soon as one has failed. Were another the first, the main process would
-    be ended before its message and its `exit.json`. One that nobody ends has an error of its own, and says it.
+    A launcher ends all processes as soon as one has failed, Slurm those of all hosts. Were another the first, the main
+    process would be ended before its message, its code file and its `exit.json`. One that nobody ends has an error of
+    its own, and says it.
 
     Args:
         error: what to say.
@@ -109,9 +110,11 @@ def report(error: UserError | StopSignal, *, met: bool) -> None:
     if rank == "0" and code_file:
         with contextlib.suppress(OSError):
             Path(code_file).write_text(f"{error.code}\n", encoding="utf-8")
-    if rank == "0" or (not met and os.environ.get("LOCAL_RANK", rank) == "0"):
+    says = rank == "0" or (not met and os.environ.get("LOCAL_RANK", rank) == "0")
+    if says:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif isinstance(error, UserError):
+    several_hosts = os.environ.get("LOCAL_WORLD_SIZE", world := os.environ.get("WORLD_SIZE")) != world
+    if isinstance(error, UserError) and rank != "0" and (several_hosts or not says):
         with contextlib.suppress(StopSignal):  # which is how the launcher ends it
             time.sleep(LINGER_SECONDS)
             if met:
