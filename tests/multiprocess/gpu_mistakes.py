@@ -16,6 +16,10 @@ def assign_gradient():
 
 MISTAKES = {
     "a product": product_of_both,
+    "a sum on the host": lambda: torch.zeros(()).add_(torch.ones((), device="cuda")),
+    "a choice on the host": lambda: torch.ones(3)[torch.tensor([0], device="cuda")],
+    "values of the host": lambda: torch.ones(3, device="cuda").index_put_((torch.tensor([0, 1]),), torch.ones(2)),
+    "two GPUs": lambda: torch.ones(3, 3, device="cuda") @ torch.ones(3, 3, device="cuda:1"),
     "a gradient": assign_gradient,
     "a collective": lambda: dist.all_reduce(torch.ones(3)),
     "a collective of another's": lambda: dist.all_reduce(torch.ones(3, device="cuda:1")),

@@ -40,8 +40,11 @@ def on_gpus(processes, library, module, *words):
 def test_tensors_on_both_devices_are_refused_as_by_cuda_and_nccl(library):
     done = on_gpus(1, library, "tests.multiprocess.gpu_mistakes")
     assert done.returncode == 0, done.stderr[-3000:]
+    apart = "Expected all tensors to be on the same device"
+    places = ("a product", "a sum on the host", "values of the host", "two GPUs")
     assert json.loads(done.stdout) == {
-        "a product": "Expected all tensors to be on the same device",
+        **dict.fromkeys(places, apart),
+        "a choice on the host": "indices should be either on cpu or on the same device as the indexed tensor (cpu)",
         "a gradient": "attempting to assign a gradient with device type 'cuda' to a tensor with device type 'cpu'",
         "a collective": "No backend type associated with device type cpu",
         "a collective of another's": "a tensor on cuda:1 in a collective of cuda:0",

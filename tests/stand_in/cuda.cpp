@@ -4,7 +4,6 @@
 // back what comes of it as tensors of the device. Tensors on the device and the host are refused where CUDA refuses them.
 // It must be loaded before torch is imported, which asks once for what CUDA there is.
 
-#include <algorithm>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -110,26 +109,21 @@ Tensor as_cpu(const Tensor& tensor) {
   return view_like(tensor, Shared().on_host(tensor.storage()), DispatchKey::CPU);
 }
 
-bool takes_both(const std::string& operation) {
-  static const std::vector<std::string> those{
-      "aten::copy_", "aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"};
-  return std::find(those.begin(), those.end(), operation) != those.end();
-}
-
 void on_host(const c10::OperatorHandle& operation, c10::DispatchKeySet, torch::jit::Stack* stack) {
   Shared shared;
   Device where = device();
-  bool is_on_device = false, is_on_host = false;
+  bool is_on_device = false, is_on_host = false, is_on_two = false;
   std::vector<std::pair<Tensor, Tensor>> inputs; // as given, and on the host
-  auto enter = [&](const Tensor& tensor) {
+  auto enter = [&](const Tensor& tensor, bool is_written, bool is_index = false) {
     if (!tensor.defined()) {
       return tensor;
     }
     if (!tensor.is_cuda()) {
-      is_on_host |= tensor.dim() > 0; // numbers may be anywhere
+      is_on_host |= !is_index && (tensor.dim() > 0 || is_written); // indices, and numbers that are read, may be there
       inputs.emplace_back(tensor, tensor);
       return tensor;
     }
+    is_on_two |= is_on_device && where != tensor.device();
     is_on_device = true;
     where = tensor.device();
     return inputs.emplace_back(tensor, view_like(tensor, shared.on_host(tensor.storage()), DispatchKey::CPU)).second;
@@ -147,20 +141,23 @@ void on_host(const c10::OperatorHandle& operation, c10::DispatchKeySet, torch::j
   };
 
   const auto& schema = operation.schema();
-  for (auto& value : torch::jit::last(*stack, schema.arguments().size())) {
-    auto& word = const_cast<c10::IValue&>(value);
+  const auto& arguments = schema.arguments();
+  for (size_t number = 0; number < arguments.size(); ++number) {
+    auto& word = torch::jit::peek(*stack, number, arguments.size());
+    const auto* alias = arguments[number].alias_info();
+    bool is_written = alias && alias->isWrite();
     if (word.isTensor()) {
-      word = enter(word.toTensor());
+      word = enter(word.toTensor(), is_written);
     } else if (word.isTensorList()) {
       std::vector<Tensor> entered;
       for (const Tensor& tensor : word.toTensorVector()) {
-        entered.push_back(enter(tensor));
+        entered.push_back(enter(tensor, is_written));
       }
       word = c10::IValue(entered);
     } else if (word.isOptionalTensorList()) {
       c10::List<std::optional<Tensor>> entered;
       for (const std::optional<Tensor>& tensor : word.toOptionalTensorVector()) {
-        entered.push_back(tensor ? std::optional<Tensor>(enter(*tensor)) : std::nullopt);
+        entered.push_back(tensor ? std::optional<Tensor>(enter(*tensor, false, true)) : std::nullopt);
       }
       word = c10::IValue(entered);
     } else if (word.isDevice() && word.toDevice().is_cuda()) {
@@ -170,8 +167,8 @@ void on_host(const c10::OperatorHandle& operation, c10::DispatchKeySet, torch::j
     }
   }
   TORCH_CHECK(
-      !(is_on_device && is_on_host) || takes_both(schema.name()),
-      "Expected all tensors to be on the same device, but ", schema.name(), " has some on cuda and some on cpu");
+      !((is_on_device && is_on_host) || is_on_two) || schema.name() == "aten::copy_",
+      "Expected all tensors to be on the same device, but ", schema.name(), " has not");
   operation.callBoxed(stack);
   for (auto& [given, entered] : inputs) { // some operations resize what they write into
     bool is_as_before = entered.sizes() == given.sizes() && entered.strides() == given.strides() &&
