@@ -34,7 +34,8 @@ def library(tmp_path_factory):
 
 def on_gpus(processes, library, module, *words):
     launcher = torchrun(processes) if processes > 1 else [sys.executable]
-    return launch([*launcher, "-m", "tests.stand_in", module], *words, STAND_IN_LIBRARY=library)
+    places = {"STAND_IN_LIBRARY": library, "DS_ACCELERATOR": "cuda"}  # which other tests here leave at cpu
+    return launch([*launcher, "-m", "tests.stand_in", module], *words, **places)
 
 
 def test_tensors_on_both_devices_are_refused_as_by_cuda_and_nccl(library):
