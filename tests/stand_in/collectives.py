@@ -73,14 +73,8 @@ class Nccl(dist.ProcessGroup):
     def allreduce(self, tensors: Any, opts: Any = None) -> Pending:
         return self._run("allreduce", [tensors], tensors, opts or c10d.AllreduceOptions())
 
-    def allreduce_coalesced(self, tensors: Any, opts: Any) -> Pending:
-        return self._run("allreduce_coalesced", [tensors], tensors, opts)
-
     def broadcast(self, tensors: Any, opts: Any) -> Pending:
         return self._run("broadcast", [tensors], tensors, opts)
-
-    def reduce(self, tensors: Any, opts: Any) -> Pending:
-        return self._run("reduce", [tensors], tensors, opts)
 
     def allgather(self, out: Any, tensors: Any, opts: Any = None) -> Pending:
         return self._run("allgather", [out, tensors], out, c10d.AllgatherOptions())
@@ -88,17 +82,11 @@ class Nccl(dist.ProcessGroup):
     def all_gather_single(self, out: Any, tensor: Any, opts: Any = None) -> Pending:
         return self._run("_allgather_base", [out, tensor], out, c10d.AllgatherOptions())
 
-    def all_gather_single_coalesced(self, out: Any, tensors: Any, opts: Any = None) -> Pending:
-        return self._run("allgather_into_tensor_coalesced", [out, tensors], out, c10d.AllgatherOptions())
-
     def reduce_scatter_single(self, out: Any, tensor: Any, opts: Any) -> Pending:
         return self._run("_reduce_scatter_base", [out, tensor], out, opts)
 
     def all_to_all_single(self, out: Any, tensor: Any, taken: Any = (), given: Any = (), opts: Any = None) -> Pending:
         return self._run("alltoall_base", [out, tensor], out, list(taken), list(given), c10d.AllToAllOptions())
-
-    def gather(self, out: Any, tensors: Any, opts: Any) -> Pending:
-        return self._run("gather", [out, tensors], out, opts)
 
     def send(self, tensors: Any, to: int, tag: int) -> Pending:
         return self._run("send", [tensors], tensors, to, tag)

@@ -1,11 +1,9 @@
 """The library of the device, and what `torch.cuda` says of it."""
 
-import contextlib
 import ctypes
 import importlib.util
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,13 +76,6 @@ def install(library: str) -> None:
         current = index(chosen)
         torch._C._accelerator_setDeviceIndex(current)
 
-    @contextlib.contextmanager
-    def on(chosen: Any) -> Iterator[None]:
-        before = current
-        choose(chosen)
-        yield
-        choose(before)
-
     properties = SimpleNamespace(
         name="NVIDIA H100 80GB HBM3", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132
     )
@@ -100,11 +91,9 @@ def install(library: str) -> None:
         "device_count": lambda: GPUS,
         "current_device": lambda: current,
         "set_device": choose,
-        "device": on,
         "get_device_name": lambda _=None: properties.name,
         "get_device_capability": lambda _=None: (properties.major, properties.minor),
         "get_device_properties": lambda _=None: properties,
-        "mem_get_info": lambda _=None: (MEMORY, MEMORY),
         "memory_stats": lambda _=None: {},
         "Stream": Stream,
         "Event": Stream,
@@ -117,7 +106,7 @@ def install(library: str) -> None:
         "get_rng_state": lambda _=None: host.get_state(),
         "set_rng_state": lambda state, _=None: host.set_state(state),
     }
-    said |= dict.fromkeys(("synchronize", "empty_cache", "ipc_collect", "reset_peak_memory_stats"), lambda _=None: None)
+    said |= dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats"), lambda _=None: None)
     amounts = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
     said |= dict.fromkeys(amounts, lambda _=None: 2**20)
     for name, value in said.items():
