@@ -46,7 +46,7 @@ def test_another_pipe_that_breaks_is_no_quiet_end(monkeypatch, capfd):
         ("8", "0", None, True, False),  # by no launcher
     ],
 )
-def test_before_the_processes_meet_each_host_says_its_error_once_and_the_first_process_is_never_the_last_to(
+def test_before_the_processes_meet_each_host_says_its_error_once_and_leaves_the_first_time_to_say_it(
     rank, local, on_host, says, waits, monkeypatch, capsys
 ):
     monkeypatch.setattr(errors, "LINGER_SECONDS", 0.2)
